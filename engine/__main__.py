@@ -1,0 +1,110 @@
+"""python -m engine "prompt": complete prompts from the command line, text streamed as it comes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import DTYPES
+from engine.llm import LLM
+from engine.request import SamplingParams
+
+CLI_MAX_NUM_SEQS = 8  # few graphs to capture: prompts are shown one after the other anyway
+CLI_MAX_BATCHED_TOKENS = 2048
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Options left out keep the defaults of LLM and SamplingParams."""
+    p = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    p.add_argument("prompts", nargs="+", metavar="prompt")
+    p.add_argument("--model", default="smollm2", help="smollm2, a checkpoint folder or a hub name")
+    p.add_argument("--chat", action="store_true", help="put each prompt into the chat template")
+    p.add_argument("--json", action="store_true", help="print results with their metrics as JSON")
+    engine = p.add_argument_group("engine")
+    engine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    engine.add_argument("--dtype", choices=["auto", *DTYPES])
+    engine.add_argument("--kernels", choices=["auto", "triton", "reference"])
+    engine.add_argument("--load-format", choices=["auto", "dummy"])
+    engine.add_argument("--max-model-len", type=int, metavar="N")
+    engine.add_argument("--num-kv-blocks", type=int, metavar="N")
+    engine.add_argument("--gpu-memory-utilization", type=float, metavar="F")
+    engine.add_argument("--enforce-eager", action="store_true", default=None)
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, metavar="N")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    sampling.add_argument("--top-k", type=int, metavar="K")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", action="append", metavar="TEXT")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None)
+    return p
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    names = ["max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"]
+    return SamplingParams(**_given(args, names))
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = [
+        "device",
+        "dtype",
+        "kernels",
+        "load_format",
+        "max_model_len",
+        "num_kv_blocks",
+        "gpu_memory_utilization",
+        "enforce_eager",
+    ]
+    sizes = {
+        "max_num_seqs": CLI_MAX_NUM_SEQS,
+        "max_num_batched_tokens": CLI_MAX_BATCHED_TOKENS,
+    }
+    return sizes | _given(args, names)
+
+
+def _stream(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> None:
+    params = _sampling_params(args)
+    for text, prompt in zip(args.prompts, prompts, strict=True):
+        if len(prompts) > 1:
+            print(f">>> {text}")
+        for piece in llm.stream(prompt, params):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+def _print_json(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> None:
+    outputs = llm.generate(prompts, _sampling_params(args), use_tqdm=True)
+    fields = ("text", "token_ids", "finish_reason", "metrics")
+    results = [
+        {"prompt": text} | {field: output[field] for field in fields}
+        for text, output in zip(args.prompts, outputs, strict=True)
+    ]
+    print(json.dumps(results, ensure_ascii=False, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        _sampling_params(args)
+        with LLM(args.model, **_engine_options(args)) as llm:
+            prompts = [llm.chat_prompt(p) for p in args.prompts] if args.chat else args.prompts
+            show = _print_json if args.json else _stream
+            show(llm, prompts, args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

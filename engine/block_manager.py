@@ -1,0 +1,187 @@
+"""Which KV block belongs to which request. Knows nothing of tensors or devices."""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from engine.config import check_int
+
+
+@dataclass(slots=True)
+class _Holding:
+    """What one request holds: its blocks in order, and the hash chain of the full ones."""
+
+    table: list[int]
+    digests: list[bytes] = field(default_factory=list)  # of the leading blocks, as far as known
+    num_committed: int = 0  # leading blocks that lookups can find, or an equal block for them
+
+
+class BlockManager:
+    """Grants KV blocks, counts who refers to them, and finds cached prefixes.
+
+    A block is referred to by one request or more, or it is free. A free block whose content is
+    still known stays findable until it is granted anew, the least recently used first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+        check_int("num_blocks", num_blocks, 1)
+        check_int("block_size", block_size, 1)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._holdings: dict[int, _Holding] = {}
+        self._ref_counts = [0] * num_blocks
+        self._blank = list(range(num_blocks))[::-1]  # free, content unknown; a stack
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free, findable; oldest first
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}  # the inverse
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody refers to, those with cached content included."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks whose content a lookup can find, referred to or not."""
+        return len(self._block_of)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request holds a block."""
+        return not self._holdings
+
+    def block_table(self, request_id: int) -> list[int]:
+        """Return the request's blocks in token order: the live list, not to be changed."""
+        return self._holdings[request_id].table
+
+    def admit(self, request_id: int, token_ids: Sequence[int], *, keep_free: int = 0) -> int | None:
+        """Grant blocks for all of token_ids, the cached leading ones shared.
+
+        Returns the number of cached tokens, always less than len(token_ids) so that there is
+        something to compute; or None, and nothing has changed, where fewer than keep_free blocks
+        would be left.
+        """
+        if request_id in self._holdings:
+            raise ValueError(f"request_id must be one without blocks, got {request_id}")
+        if not token_ids:
+            raise ValueError("token_ids must hold at least one token, got 0")
+        if self.num_free_blocks <= keep_free:
+            return None  # one block at least is always granted
+        holding = self._lookup(token_ids)
+        num_new = -(-len(token_ids) // self.block_size) - len(holding.table)
+        num_revived = sum(self._ref_counts[block] == 0 for block in holding.table)
+        if self.num_free_blocks - num_revived - num_new < keep_free:
+            return None
+        num_cached_tokens = len(holding.table) * self.block_size
+        for block in holding.table:
+            self._share(block)
+        holding.table.extend(self._grant() for _ in range(num_new))
+        self._holdings[request_id] = holding
+        return num_cached_tokens
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        """Make the table cover num_tokens: all the blocks that takes, or none and False."""
+        table = self._holdings[request_id].table
+        if num_tokens <= len(table) * self.block_size:
+            return True
+        num_new = -(-num_tokens // self.block_size) - len(table)
+        if num_new > self.num_free_blocks:
+            return False
+        table.extend(self._grant() for _ in range(num_new))
+        return True
+
+    def commit(self, request_id: int, token_ids: Sequence[int], num_computed: int) -> None:
+        """Make the full blocks among the first num_computed tokens findable."""
+        holding = self._holdings[request_id]
+        num_full = num_computed // self.block_size
+        if num_full <= holding.num_committed or not self.enable_prefix_caching:
+            return
+        if num_full > len(holding.table) or num_computed > len(token_ids):
+            limit = min(len(holding.table) * self.block_size, len(token_ids))
+            raise ValueError(f"num_computed must be at most {limit}, got {num_computed}")
+        self._extend_digests(holding.digests, token_ids, num_full)
+        for i in range(holding.num_committed, num_full):
+            self._publish(holding.table[i], holding.digests[i])
+        holding.num_committed = num_full
+
+    def release(self, request_id: int) -> None:
+        """Give up the request's references; an id that holds nothing is a KeyError."""
+        table = self._holdings.pop(request_id).table
+        # last block first: a chain is of no use without its head, so its tail is evicted before
+        for block in reversed(table):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free(block)
+
+    def check(self) -> None:
+        """Assert that every block has owners or is free, and that the counts say so."""
+        counts = [0] * self.num_blocks
+        for holding in self._holdings.values():
+            assert len(set(holding.table)) == len(holding.table), "a block twice in one table"
+            for block in holding.table:
+                counts[block] += 1
+        assert counts == self._ref_counts, "reference counts differ from the tables"
+        free = [*self._blank, *self._cached]
+        unreferenced = [block for block, count in enumerate(counts) if count == 0]
+        assert sorted(free) == unreferenced, "free blocks are not the unreferenced ones"
+        inverse = {block: digest for digest, block in self._block_of.items()}
+        assert inverse == self._digest_of, "the two directions of the cache differ"
+        assert self._cached.keys() <= inverse.keys(), "a block counted as cached is not findable"
+        assert inverse.keys().isdisjoint(self._blank), "a blank block is findable"
+
+    def assert_idle(self) -> None:
+        """Assert that every block is free."""
+        assert self.is_idle, f"blocks still held by requests {sorted(self._holdings)}"
+        self.check()
+
+    def _lookup(self, token_ids: Sequence[int]) -> _Holding:
+        """Find the longest cached chain of full blocks, the last token left out."""
+        holding = _Holding([])
+        if not self.enable_prefix_caching:
+            return holding
+        for num_full in range(1, (len(token_ids) - 1) // self.block_size + 1):
+            self._extend_digests(holding.digests, token_ids, num_full)
+            block = self._block_of.get(holding.digests[-1])
+            if block is None:
+                break
+            holding.table.append(block)
+        holding.num_committed = len(holding.table)
+        return holding
+
+    def _extend_digests(
+        self, digests: list[bytes], token_ids: Sequence[int], num_full: int
+    ) -> None:
+        """Hash on until there is a digest, of all tokens up to its end, for num_full blocks."""
+        for i in range(len(digests), num_full):
+            tokens = array("q", token_ids[i * self.block_size : (i + 1) * self.block_size])
+            previous = digests[-1] if digests else b""
+            digests.append(blake2b(previous + tokens.tobytes(), digest_size=16).digest())
+
+    def _publish(self, block: int, digest: bytes) -> None:
+        if digest not in self._block_of:  # of equal blocks the first stays
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def _share(self, block: int) -> None:
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+        self._ref_counts[block] += 1
+
+    def _grant(self) -> int:
+        """Take a free block: one of unknown content, else the least recently used one."""
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._digest_of.pop(block)]
+        self._ref_counts[block] = 1
+        return block
+
+    def _free(self, block: int) -> None:
+        if block in self._digest_of:
+            self._cached[block] = None
+        else:
+            self._blank.append(block)

@@ -1,0 +1,225 @@
+"""Core: scheduler, workers and KV cache of one device, one step ahead of it. Knows no text."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from engine.batch import Launched
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.decode import DecodeWorker
+from engine.kv_cache import KVCache, num_blocks_that_fit
+from engine.prefill import PrefillWorker
+from engine.request import FinishReason, Request
+from engine.scheduler import Scheduler
+from engine.stats import EngineStats
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.weights import dummy_weights, load_weights
+
+# told of each new token; returns why the request ends, where its text says so
+OnToken = Callable[[Request, int], FinishReason | None]
+
+
+class Core:
+    """Requests in, token ids out.
+
+    A step is launched before the tokens of the step before it are known: the device has them
+    already, so the host schedules, checks for ends and makes text while the device computes.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, folder: Path, device: torch.device
+    ) -> None:
+        self.device = device
+        self.model_config = model_config
+        self.stats = EngineStats()
+        self._launched: deque[list[Launched]] = deque()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with self._on_device():
+            self._build(config, folder)
+
+    def _build(self, config: EngineConfig, folder: Path) -> None:
+        device, model_config = self.device, self.model_config
+        self.dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
+        ops = _ops(config.resolve_kernels(str(device)))
+        options = {"device": device, "dtype": self.dtype}
+        if config.load_format == "dummy":
+            weights = dummy_weights(model_config, **options, seed=config.seed)
+        else:
+            weights = load_weights(model_config, folder, **options, progress=True)
+        model_len = _model_len(config, model_config)
+        decoder = Decoder(model_config, weights, model_len, ops)
+        sizes = {
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+        }
+        prefill_buffers = decoder.buffers(
+            config.max_num_batched_tokens, config.max_num_seqs, decode=False
+        )
+        decode_buffers = decoder.buffers(config.max_num_seqs, config.max_num_seqs, decode=True)
+        self.kv_cache = _make_cache(config, model_config, **options)
+        self.block_manager = BlockManager(
+            self.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching
+        )
+        cache_len = self.kv_cache.num_blocks * config.block_size
+        self.max_model_len = min(model_len, cache_len)
+        self.prefill = PrefillWorker(decoder, self.kv_cache, prefill_buffers, device=device)
+        use_graphs = device.type == "cuda" and not config.enforce_eager
+        self.decode = DecodeWorker(
+            decoder,
+            self.kv_cache,
+            decode_buffers,
+            max_model_len=self.max_model_len,
+            use_graphs=use_graphs,
+            device=device,
+        )
+        self.scheduler = Scheduler(
+            self.block_manager,
+            **sizes,
+            max_model_len=self.max_model_len,
+            on_release=self.decode.release,
+        )
+        if use_graphs:
+            self.prefill.warm_up(self.max_model_len)
+            self.decode.warm_up()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        if self._stream is not None:
+            stack.enter_context(torch.cuda.device(self.device))
+            stack.enter_context(torch.cuda.stream(self._stream))
+        stack.enter_context(torch.inference_mode())
+        return stack
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is unfinished; results that nobody waits for may still be on their way."""
+        return self.scheduler.is_idle
+
+    def step(self, on_token: OnToken) -> list[Request]:
+        """Launch the next step, then take the tokens of the one before it.
+
+        Returns the requests that ended. An exception in a launch puts its requests back into the
+        queue, blocks returned, and is raised again.
+        """
+        ended: list[Request] = []
+        with self._on_device():
+            launched = self._launch()
+            if launched:
+                self._launched.append(launched)
+            if self._launched and (len(self._launched) > 1 or not launched):
+                for results in self._launched.popleft():
+                    self._take(results, on_token, ended)
+        if self.is_idle:
+            self.drain()
+        return ended
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request in whatever state it is."""
+        self.scheduler.finish(request, reason)
+        request.finished_time = time.perf_counter()
+        self.stats.request_finished(request)
+
+    def drain(self) -> None:
+        """Wait for what is in flight and drop it: nobody asks for it any more."""
+        for launched in self._launched:
+            for results in launched:
+                results.wait()
+        self._launched.clear()
+        assert self.block_manager.is_idle, "KV blocks are held though no request is left"
+
+    def _launch(self) -> list[Launched]:
+        return [*self._launch_prefill(), *self._launch_decode()]
+
+    def _launch_prefill(self) -> list[Launched]:
+        chunks = self.scheduler.schedule_prefill()
+        if not chunks:
+            return []
+        now = time.perf_counter()
+        for chunk in chunks:
+            if chunk.request.first_scheduled_time is None:
+                chunk.request.first_scheduled_time = now
+        requests = [chunk.request for chunk in chunks]
+        with self._requeued_on_error(requests):
+            results, token_ids = self.prefill.launch(chunks, self.block_manager.block_table)
+            self.decode.admit([request for request, _ in results.requests], token_ids)
+        self.scheduler.launched(chunks)
+        self.stats.prefill_launched(sum(chunk.num_tokens for chunk in chunks))
+        return [results]
+
+    def _launch_decode(self) -> list[Launched]:
+        requests = self.scheduler.schedule_decode()
+        if not requests:
+            return []
+        with self._requeued_on_error(requests):
+            results = self.decode.launch(requests, self.block_manager.block_table)
+        self.stats.decode_launched(len(requests))
+        return [results]
+
+    def _take(self, results: Launched, on_token: OnToken, ended: list[Request]) -> None:
+        token_ids = results.wait()
+        now = time.perf_counter()
+        eos_token_ids = self.model_config.eos_token_ids
+        for row, ((request, epoch), token_id) in enumerate(
+            zip(results.requests, token_ids, strict=True)
+        ):
+            if not self.scheduler.record_token(request, token_id, epoch):
+                continue
+            if request.first_token_time is None:
+                request.first_token_time = now
+            if request.params.logprobs is not None:
+                num_top = request.params.logprobs
+                request.logprobs.append(results.logprobs.row(row, token_id, num_top))
+            reason = on_token(request, token_id) or request.end_reason(eos_token_ids)
+            if reason is not None:
+                self.finish(request, reason)
+                ended.append(request)
+
+    @contextmanager
+    def _requeued_on_error(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Put the requests of a failed launch back in front of the queue, in their order."""
+        try:
+            yield
+        except BaseException:
+            for request in reversed(requests):
+                self.scheduler.preempt(request)
+            raise
+
+
+def _ops(kernels: str) -> ModuleType:
+    """The namespace that the decoder runs on; Triton is imported only where it is used."""
+    if kernels == "triton":
+        import kernels as triton_kernels
+
+        return triton_kernels
+    from kernels import reference
+
+    return reference
+
+
+def _model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    longest = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len must be at most the model's {longest}, got {config.max_model_len}"
+        )
+    return config.max_model_len or longest
+
+
+def _make_cache(
+    config: EngineConfig, model_config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> KVCache:
+    num_blocks = config.num_kv_blocks or num_blocks_that_fit(
+        model_config,
+        config.block_size,
+        device=device,
+        dtype=dtype,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    return KVCache(model_config, num_blocks, config.block_size, device=device, dtype=dtype)

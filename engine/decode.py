@@ -1,0 +1,220 @@
+"""DecodeWorker: one token for every running request, as one CUDA graph per batch bucket."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import BlockTableOf, Launched, draw_index, to_device
+from engine.kv_cache import KVCache
+from engine.request import Request
+from models.decoder import AttentionBatch, Decoder, StageBuffers
+
+STEP_FIELDS = {
+    "rows": torch.int64,  # the request's row in the tables that stay on the device
+    "positions": torch.int64,
+    "slot_mapping": torch.int64,
+    "seeds": torch.int64,
+    "context_lens": torch.int32,
+    "top_k": torch.int32,
+    "steps": torch.int32,
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+}
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+
+
+def batch_buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes that get a graph: each step pads to the next, few rows beyond what it needs."""
+    sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)}
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+class StepInputs:
+    """What changes from step to step, [B] each, in one buffer that moves in one copy."""
+
+    def __init__(self, max_batch: int, padding_row: int, device: torch.device) -> None:
+        """padding_row: the table row that rows of no request read and write."""
+        self._padding_row = padding_row
+        self._is_cuda = device.type == "cuda"
+        self._offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, dtype in STEP_FIELDS.items():
+            self._offsets[name] = (end, end + max_batch * dtype.itemsize)
+            end += max_batch * dtype.itemsize
+        self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
+        self.tensors = self._views(self._bytes)
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {
+            name: buffer[start:end].view(STEP_FIELDS[name])
+            for name, (start, end) in self._offsets.items()
+        }
+
+    def upload(self, columns: dict[str, Sequence[int] | Sequence[float]], size: int) -> None:
+        """Fill the first rows of each field, those up to `size` with padding, and send them."""
+        # a new host buffer each time: the copy of the last step may not have run yet
+        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
+        views = {name: view.numpy() for name, view in self._views(host).items()}
+        for name, values in columns.items():
+            views[name][: len(values)] = values
+        num_rows = len(columns["rows"])
+        views["rows"][num_rows:size] = self._padding_row
+        views["slot_mapping"][num_rows:size] = -1
+        self._bytes.copy_(host, non_blocking=True)
+
+
+class DecodeWorker:
+    """Launches decode steps over one KV cache; the caller sets device and stream.
+
+    Newest tokens and block tables stay on the device, a row for each request, so that a step can be
+    launched before the tokens of the one before it are known to the host.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        buffers: StageBuffers,
+        *,
+        max_model_len: int,
+        use_graphs: bool,
+        device: torch.device,
+    ) -> None:
+        """buffers: for as many tokens and rows as one step may have requests."""
+        self.decoder = decoder
+        self.kv_cache = kv_cache
+        self.buffers = buffers
+        self.device = device
+        max_num_seqs = len(buffers.logits)
+        self.buckets = batch_buckets(max_num_seqs)
+        # one row more than there can be requests: padding reads and writes it
+        self.inputs = StepInputs(max_num_seqs, max_num_seqs, device)
+        max_blocks = -(-max_model_len // kv_cache.block_size)
+        options = {"dtype": torch.int64, "device": device}
+        self.token_ids = torch.zeros(max_num_seqs + 1, **options)  # newest of each row
+        self.block_table = torch.zeros(
+            max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device
+        )
+        self._step_token_ids = torch.zeros(max_num_seqs, **options)
+        self._step_block_table = torch.zeros_like(self.block_table[:-1])
+        self._sampled = torch.zeros(max_num_seqs, **options)
+        self._row_of: dict[int, int] = {}  # request_id -> row
+        self._num_blocks_sent: dict[int, int] = {}  # request_id -> blocks in its device row
+        self._free_rows = list(range(max_num_seqs))[::-1]
+        self._use_graphs = use_graphs
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
+
+    def admit(self, requests: Sequence[Request], token_ids: Tensor) -> None:
+        """Give each request a row and put its newest token there. token_ids: [B] int64."""
+        if not requests:
+            return
+        for request in requests:
+            self._row_of[request.request_id] = self._free_rows.pop()
+            self._num_blocks_sent[request.request_id] = 0
+        rows = [self._row_of[request.request_id] for request in requests]
+        self.token_ids.index_copy_(0, to_device(rows, np.int64, self.device), token_ids)
+
+    def release(self, request: Request) -> None:
+        """Take the request's row back; harmless where it has none."""
+        row = self._row_of.pop(request.request_id, None)
+        if row is not None:
+            del self._num_blocks_sent[request.request_id]
+            self._free_rows.append(row)
+
+    def launch(self, requests: Sequence[Request], table_of: BlockTableOf) -> Launched:
+        """One token for each of these admitted requests."""
+        self._send_blocks(requests, table_of)
+        size = next(bucket for bucket in self.buckets if bucket >= len(requests))
+        self.inputs.upload(self._columns(requests, table_of), size)
+        self._run(size)
+        num_rows = len(requests)
+        return Launched(requests, self._sampled[:num_rows], self.buffers.logits[:num_rows])
+
+    def warm_up(self) -> None:
+        """Compile the kernels and capture the graphs of every bucket, over padding alone."""
+        for size in reversed(self.buckets):
+            self.inputs.upload({"rows": []}, size)
+            self._run(size)
+
+    def _send_blocks(self, requests: Sequence[Request], table_of: BlockTableOf) -> None:
+        """Append to the device's block tables what was granted since the last step."""
+        cells: list[int] = []
+        blocks: list[int] = []
+        width = self.block_table.shape[1]
+        for request in requests:
+            table, sent = table_of(request.request_id), self._num_blocks_sent[request.request_id]
+            if len(table) == sent:
+                continue
+            start = self._row_of[request.request_id] * width
+            cells.extend(range(start + sent, start + len(table)))
+            blocks.extend(table[sent:])
+            self._num_blocks_sent[request.request_id] = len(table)
+        if cells:
+            index = to_device(cells, np.int64, self.device)
+            values = to_device(blocks, np.int32, self.device)
+            self.block_table.view(-1).index_copy_(0, index, values)
+
+    def _columns(
+        self, requests: Sequence[Request], table_of: BlockTableOf
+    ) -> dict[str, Sequence[int] | Sequence[float]]:
+        block_size = self.kv_cache.block_size
+        # the newest token's place: the one this step draws comes behind it
+        positions = [request.num_tokens - 2 for request in requests]
+        params = [request.params for request in requests]
+        return {
+            "rows": [self._row_of[request.request_id] for request in requests],
+            "positions": positions,
+            "slot_mapping": [
+                table_of(request.request_id)[p // block_size] * block_size + p % block_size
+                for request, p in zip(requests, positions, strict=True)
+            ],
+            "context_lens": [p + 1 for p in positions],
+            "seeds": [request.seed for request in requests],
+            "steps": [draw_index(request) for request in requests],
+            "temperature": [p.temperature for p in params],
+            "top_k": [p.top_k for p in params],
+            "top_p": [p.top_p for p in params],
+            "min_p": [p.min_p for p in params],
+        }
+
+    def _run(self, size: int) -> None:
+        if size in self._graphs:
+            self._graphs[size].replay()
+            return
+        self._step(size)
+        if self._use_graphs:  # the step above compiled what a capture must not compile
+            self._graphs[size] = self._capture(size)
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream):
+            self._step(size)
+        return graph
+
+    def _step(self, size: int) -> None:
+        """Embed to sampled token for the first `size` rows of the inputs, in static buffers."""
+        inputs = {name: tensor[:size] for name, tensor in self.inputs.tensors.items()}
+        rows = inputs["rows"]
+        token_ids = self._step_token_ids[:size]
+        block_table = self._step_block_table[:size]
+        sampled = self._sampled[:size]
+        torch.index_select(self.token_ids, 0, rows, out=token_ids)
+        torch.index_select(self.block_table, 0, rows, out=block_table)
+        buffers: StageBuffers = self.buffers.first(size, size)
+        batch = AttentionBatch(
+            positions=inputs["positions"],
+            slot_mapping=inputs["slot_mapping"],
+            block_table=block_table,
+            context_lens=inputs["context_lens"],
+        )
+        self.decoder.embed(token_ids, buffers)
+        self.decoder.layers(buffers, batch, self.kv_cache.layers)
+        logits = self.decoder.lm_head(buffers.hidden, buffers)
+        sampling = [inputs[name] for name in SAMPLING_FIELDS]
+        self.decoder.ops.sample(logits, *sampling, out=sampled)
+        self.token_ids.index_copy_(0, rows, sampled)

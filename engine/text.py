@@ -1,0 +1,63 @@
+"""Prompts to token ids: the tokenizer of a checkpoint folder, and its chat template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The folder's tokenizer, or None where it has no tokenizer files.
+
+    Raises ValueError where they are damaged.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # seconds to import: not for token-id prompts
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+
+
+def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> list[int]:
+    """Token ids of a prompt that is text or token ids already.
+
+    Raises ValueError for an empty prompt, a token id out of the vocabulary, text where there is no
+    tokenizer, or anything else.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(
+                "prompt must be token ids, for the checkpoint has no tokenizer files, "
+                f"got {prompt!r:.80}"
+            )
+        token_ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        token_ids = [_token_id(token_id, vocab_size) for token_id in prompt]
+    else:
+        raise ValueError(f"prompt must be a string or token ids, got {type(prompt).__name__}")
+    if not token_ids:
+        raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+    return token_ids
+
+
+def _token_id(value: Any, vocab_size: int) -> int:
+    is_int = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_int or not 0 <= value < vocab_size:
+        raise ValueError(f"prompt must have token ids from 0 to {vocab_size - 1}, got {value!r}")
+    return int(value)
+
+
+def chat_token_ids(message: str, tokenizer: Any | None) -> list[int]:
+    """Token ids of one user message in the checkpoint's chat template.
+
+    Raises ValueError where the checkpoint has no tokenizer or no template.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError("chat needs a checkpoint with a tokenizer and a chat template")
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)

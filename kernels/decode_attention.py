@@ -1,0 +1,316 @@
+"""Paged attention of one new token per request, split over the context, combined by the last split.
+
+Flash-decoding (Dao et al., 2023) with a split that depends on a request's own length alone, so that
+its output does not depend, to the bit, on its neighbours in the batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tile import (
+    Tile,
+    device_sms,
+    dot_precision,
+    next_power_of_2,
+    output,
+    require_shape,
+    require_unit_stride,
+)
+
+MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
+MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
+PROGRAMS_PER_SM = 3
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of `decode_attention`, for one stream at a time; counters start and end at zero."""
+
+    partial: Tensor  # [B, H, MAX_SPLITS, D] fp32, each split's weighted values
+    max_sum: Tensor  # [B, H, MAX_SPLITS, 2] fp32, each split's maximum (base 2) and sum
+    arrived: Tensor  # [B, H_KV] int32, splits that are done
+
+
+def decode_workspace(
+    max_batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+) -> DecodeWorkspace:
+    """Scratch for batches of up to `max_batch` requests on `device`."""
+    shape = (max_batch, num_heads, MAX_SPLITS)
+    return DecodeWorkspace(
+        partial=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+        max_sum=torch.empty(*shape, 2, dtype=torch.float32, device=device),
+        arrived=torch.zeros(max_batch, num_kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _cut(context_len, MIN_LEN: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(splits, tokens in each) of a context: multiples of BLOCK_N, at most MAX_SPLITS splits."""
+    even = tl.cdiv(context_len, MAX_SPLITS)
+    split_len = tl.maximum(tl.cdiv(even, BLOCK_N) * BLOCK_N, MIN_LEN)
+    # an empty context is one split of no tokens, so that a padding row is written too
+    return tl.maximum(tl.cdiv(context_len, split_len), 1), split_len
+
+
+@triton.jit
+def _attend_split(
+    q,
+    kv_ptrs,
+    block_ids_ptr,
+    start,
+    end,
+    scale_log2,
+    stride_kv_block,
+    stride_kv_pair,
+    stride_kv_slot,
+    BLOCK_SIZE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    mask_d,
+    PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Online softmax of q over the tokens start..end. kv_ptrs: [1, BLOCK_D], the kv head's keys."""
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    offs_n = start + tl.arange(0, BLOCK_N)
+    # ids of the next tile are loaded one tile ahead: inside the loop they would delay its k and v
+    block_ids = tl.load(block_ids_ptr + offs_n // BLOCK_SIZE, mask=offs_n < end, other=0)
+    for _ in range(start, end, BLOCK_N):
+        mask_n = offs_n < end
+        rows = block_ids.to(tl.int64) * stride_kv_block + offs_n % BLOCK_SIZE * stride_kv_slot
+        ptrs = kv_ptrs + rows[:, None]  # [BLOCK_N, BLOCK_D]
+        mask = mask_n[:, None] if EVEN_D else mask_n[:, None] & mask_d[None, :]
+        k = tl.load(ptrs, mask=mask, other=0.0)
+        v = tl.load(ptrs + stride_kv_pair, mask=mask, other=0.0)
+        next_n = offs_n + BLOCK_N
+        block_ids = tl.load(block_ids_ptr + next_n // BLOCK_SIZE, mask=next_n < end, other=0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))  # [BLOCK_G, BLOCK_N]
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        probs = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(probs, axis=1)
+        acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+        offs_n = next_n
+    return top, total, acc
+
+
+@triton.jit(do_not_specialize=["B", "stride_table_b"])
+def _decode_attention_kernel(
+    q_ptr,
+    kv_cache_ptr,
+    block_table_ptr,
+    context_lens_ptr,
+    partial_ptr,
+    max_sum_ptr,
+    arrived_ptr,
+    out_ptr,
+    B,
+    scale_log2,
+    stride_q_b,
+    stride_q_h,
+    stride_kv_block,
+    stride_kv_pair,
+    stride_kv_slot,
+    stride_kv_head,
+    stride_table_b,
+    stride_o_b,
+    stride_o_h,
+    H_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MIN_LEN: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program works off (request, split, kv head) items, num_programs apart."""
+    H: tl.constexpr = H_KV * GROUP
+    offs_b = tl.arange(0, BLOCK_B)
+    lens = tl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
+    splits, _ = _cut(lens, MIN_LEN, MAX_SPLITS, BLOCK_N)
+    splits = tl.where(offs_b < B, splits, 0)
+    ends = tl.cumsum(splits, axis=0)  # [BLOCK_B], items of the requests up to each, per kv head
+    num_items = tl.sum(splits, axis=0) * H_KV
+    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    mask_g, mask_d = offs_g < GROUP, offs_d < D
+    mask_q = mask_g[:, None] & mask_d[None, :]
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        kv_head, nth = item % H_KV, item // H_KV
+        b = tl.sum((ends <= nth).to(tl.int32), axis=0).to(tl.int64)
+        first = tl.sum(tl.where(offs_b < b, splits, 0), axis=0)
+        context_len = tl.load(context_lens_ptr + b)
+        num_splits, split_len = _cut(context_len, MIN_LEN, MAX_SPLITS, BLOCK_N)
+        split = nth - first
+        heads = kv_head * GROUP + offs_g
+        q_ptrs = q_ptr + b * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
+        q = tl.load(q_ptrs, mask=mask_q, other=0.0)  # [BLOCK_G, BLOCK_D]
+        top, total, acc = _attend_split(
+            q,
+            kv_cache_ptr + kv_head * stride_kv_head + offs_d[None, :],
+            block_table_ptr + b * stride_table_b,
+            split * split_len,
+            tl.minimum((split + 1) * split_len, context_len),
+            scale_log2,
+            stride_kv_block,
+            stride_kv_pair,
+            stride_kv_slot,
+            BLOCK_SIZE,
+            BLOCK_D == D,
+            mask_d,
+            PRECISION,
+            BLOCK_G,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        out_ptrs = out_ptr + b * stride_o_b + heads[:, None] * stride_o_h + offs_d[None, :]
+        if num_splits == 1:
+            out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+        else:
+            rows = (b * H + heads) * MAX_SPLITS + split
+            tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=mask_q)
+            tl.store(max_sum_ptr + rows * 2, top, mask=mask_g)
+            tl.store(max_sum_ptr + rows * 2 + 1, total, mask=mask_g)
+            # every thread's partials must be out before one thread counts this split as arrived
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + b * H_KV + kv_head, 1, sem="acq_rel")
+            if arrived == num_splits - 1:
+                _combine_splits(
+                    partial_ptr + (b * H + kv_head * GROUP) * MAX_SPLITS * D,
+                    max_sum_ptr + (b * H + kv_head * GROUP) * MAX_SPLITS * 2,
+                    out_ptr + b * stride_o_b + kv_head * GROUP * stride_o_h,
+                    num_splits,
+                    stride_o_h,
+                    GROUP,
+                    D,
+                    MAX_SPLITS,
+                    BLOCK_D,
+                )
+                tl.store(arrived_ptr + b * H_KV + kv_head, 0)
+
+
+@triton.jit
+def _combine_splits(
+    partial_ptr,
+    max_sum_ptr,
+    out_ptr,
+    num_splits,
+    stride_o_h,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the splits of one kv head's query heads, always in the same order."""
+    offs_s, offs_d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
+    mask_s, mask_d = offs_s < num_splits, offs_d < D
+    for g in range(GROUP):
+        rows = g * MAX_SPLITS + offs_s
+        # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
+        top = tl.load(
+            max_sum_ptr + rows * 2, mask=mask_s, other=float("-inf"), cache_modifier=".cg"
+        )
+        total = tl.load(max_sum_ptr + rows * 2 + 1, mask=mask_s, other=0.0, cache_modifier=".cg")
+        acc = tl.load(
+            partial_ptr + rows[:, None] * D + offs_d[None, :],
+            mask=mask_s[:, None] & mask_d[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        weight = tl.exp2(top - tl.max(top, axis=0))
+        out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+        tl.store(out_ptr + g * stride_o_h + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
+    stages = 3 if dtype == torch.float32 or head_dim > 128 else 4
+    return Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=head_dim, num_warps=4, num_stages=stages)
+
+
+def decode_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    *,
+    workspace: DecodeWorkspace | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+    num_sms: int | None = None,
+) -> Tensor:
+    """Attention of one new token per request over its paged context.
+
+    q: [B, H, D]; kv_cache: one layer [num_blocks, 2, block_size, H_KV, D]; block_table:
+    [B, max_blocks] int32; context_lens: [B] int32, this token included, 0 for a padding row, whose
+    output is zeros -> [B, H, D]. workspace: from `decode_workspace`, for at least B requests,
+    used by one stream at a time. num_sms sizes the grid for a partition. Raises ValueError where a
+    shape or a stride does not fit.
+    """
+    num_requests, num_heads, head_dim = q.shape
+    _, _, block_size, num_kv_heads, _ = kv_cache.shape
+    require_shape("kv_cache", kv_cache, len(kv_cache), 2, block_size, num_kv_heads, head_dim)
+    require_shape("context_lens", context_lens, num_requests)
+    require_shape("block_table", block_table, num_requests, block_table.shape[1])
+    if num_heads % num_kv_heads:
+        raise ValueError(f"q must have a multiple of {num_kv_heads} heads, got {num_heads}")
+    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table)):
+        require_unit_stride(name, tensor)
+    out = output(out, q.shape, q)
+    if num_requests == 0:
+        return out
+    if workspace is None:
+        workspace = decode_workspace(num_requests, num_heads, num_kv_heads, head_dim, q.device)
+    elif workspace.partial.shape[0] < num_requests:
+        held = workspace.partial.shape[0]
+        raise ValueError(f"workspace must hold {num_requests} requests, got one for {held}")
+    tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
+    group = num_heads // num_kv_heads
+    grid = (device_sms(q.device) if num_sms is None else num_sms) * PROGRAMS_PER_SM
+    _decode_attention_kernel[(grid,)](
+        q,
+        kv_cache,
+        block_table,
+        context_lens,
+        workspace.partial,
+        workspace.max_sum,
+        workspace.arrived,
+        out,
+        num_requests,
+        scale * math.log2(math.e),
+        q.stride(0),
+        q.stride(1),
+        *kv_cache.stride()[:4],
+        block_table.stride(0),
+        out.stride(0),
+        out.stride(1),
+        H_KV=num_kv_heads,
+        GROUP=group,
+        D=head_dim,
+        BLOCK_SIZE=block_size,
+        PRECISION=dot_precision(kv_cache.dtype),
+        MIN_LEN=MIN_SPLIT_LEN,
+        MAX_SPLITS=MAX_SPLITS,
+        BLOCK_B=next_power_of_2(num_requests),
+        BLOCK_G=max(16, next_power_of_2(group)),
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

@@ -1,0 +1,83 @@
+"""RMSNorm of rows, alone and behind a residual add."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tile import next_power_of_2, output, require_shape, require_unit_stride
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    N,
+    stride_x_t,
+    stride_r_t,
+    stride_o_t,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program normalises one row."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    x = tl.load(x_ptr + row * stride_x_t + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + row * stride_r_t + offs_n
+        x += tl.load(residual_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(residual_ptrs, x.to(residual_ptr.dtype.element_ty), mask=mask_n)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / N + eps)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    out = (x * rstd * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_o_t + offs_n, out, mask=mask_n)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """Normalise the last dim. x: [T, N], weight: [N] -> [T, N].
+
+    Raises ValueError where a shape or a stride does not fit.
+    """
+    return _launch(x, None, weight, eps, out)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """residual += x in place, then normalise it. x, residual: [T, N] -> [T, N].
+
+    Raises ValueError where a shape or a stride does not fit.
+    """
+    require_shape("residual", residual, *x.shape)
+    require_unit_stride("residual", residual)
+    return _launch(x, residual, weight, eps, out)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None
+) -> Tensor:
+    num_tokens, N = x.shape
+    require_shape("weight", weight, N)
+    require_unit_stride("x", x)
+    out = output(out, x.shape, x)
+    if num_tokens == 0:
+        return out
+    block_n = next_power_of_2(N)
+    _rms_norm_kernel[(num_tokens,)](
+        x,
+        residual,
+        weight,
+        out,
+        N,
+        x.stride(0),
+        residual.stride(0) if residual is not None else 0,
+        out.stride(0),
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_N=block_n,
+        num_warps=min(max(block_n // 256, 1), 16),
+    )
+    return out

@@ -1,0 +1,1 @@
+"""Checkpoints: found or fetched, read, and run as a decoder in stages."""

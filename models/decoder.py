@@ -1,0 +1,179 @@
+"""The decoder of the Qwen3, Qwen2 and Llama families, cut into stages that work in given buffers.
+
+A layer is two stages: `attention_stage` (input norm, QKV, QK-norm + RoPE + KV store, attention) and
+`ffn_stage` (output projection + residual, post norm + MLP + residual). Between them lie only the
+buffers of the caller, so that either may run on another stream, device or share of the SMs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig, rope_table
+from models.weights import DecoderWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBatch:
+    """Where the tokens of one launch stand: new tokens of one request after another, or, without
+    cu_seqlens, one token of each request."""
+
+    positions: Tensor  # [T] int64
+    slot_mapping: Tensor  # [T] int64, block * block_size + offset; negative: not stored
+    block_table: Tensor  # [B, max_blocks] int32
+    context_lens: Tensor  # [B] int32, tokens in the cache, these included
+    cu_seqlens: Tensor | None = None  # [B + 1] int32
+    max_query_len: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBuffers:
+    """What the stages of one micro-batch read and write; nothing is allocated while they run."""
+
+    hidden: Tensor  # [T, N], the residual stream
+    normed: Tensor  # [T, N]
+    qkv: Tensor  # [T, (H + 2 * H_KV) * D]
+    q: Tensor  # [T, H, D]
+    attention: Tensor  # [T, H, D]
+    act: Tensor  # [T, I]
+    logits: Tensor  # [B, V]
+    workspace: Any  # scratch of decode attention, None where it needs none
+
+    def first(self, num_tokens: int, num_rows: int) -> "StageBuffers":
+        """The same buffers, cut to the launch's tokens and sampled rows."""
+        cut = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("hidden", "normed", "qkv", "q", "attention", "act"):
+            cut[name] = cut[name][:num_tokens]
+        return StageBuffers(**cut | {"logits": self.logits[:num_rows]})
+
+
+class Decoder:
+    """Weights, a RoPE table and the kernels to run them with. Holds no state of any request."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, max_len: int, ops: ModuleType
+    ) -> None:
+        """max_len: positions to prepare RoPE for; ops: `kernels` or `kernels.reference`."""
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.cos_sin = rope_table(config, max_len, weights.embedding.device)
+
+    def buffers(self, max_tokens: int, max_rows: int, *, decode: bool) -> StageBuffers:
+        """Buffers for launches of up to max_tokens tokens and max_rows sampled rows."""
+        c, embedding = self.config, self.weights.embedding
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
+
+        workspace = None
+        if decode:
+            workspace = self.ops.decode_workspace(
+                max_rows, c.num_heads, c.num_kv_heads, c.head_dim, embedding.device
+            )
+        return StageBuffers(
+            hidden=empty(max_tokens, c.hidden_size),
+            normed=empty(max(max_tokens, max_rows), c.hidden_size),
+            qkv=empty(max_tokens, c.qkv_size),
+            q=empty(max_tokens, c.num_heads, c.head_dim),
+            attention=empty(max_tokens, c.num_heads, c.head_dim),
+            act=empty(max_tokens, c.intermediate_size),
+            logits=empty(max_rows, c.vocab_size),
+            workspace=workspace,
+        )
+
+    def embed(self, token_ids: Tensor, buffers: StageBuffers) -> None:
+        """token_ids: [T] int64 -> buffers.hidden."""
+        torch.index_select(self.weights.embedding, 0, token_ids, out=buffers.hidden)
+
+    def attention_stage(
+        self, layer: int, buffers: StageBuffers, batch: AttentionBatch, kv_cache: Tensor
+    ) -> None:
+        """buffers.hidden -> buffers.attention. kv_cache: this layer's [num_blocks, 2, block_size,
+        H_KV, D]; the tokens' k and v are stored there first."""
+        w, eps = self.weights.layers[layer], self.config.rms_norm_eps
+        self.ops.linear(
+            buffers.hidden,
+            w.qkv,
+            w.qkv_bias,
+            norm_weight=w.input_norm,
+            eps=eps,
+            normed=buffers.normed,
+            out=buffers.qkv,
+        )
+        self.ops.rope_store(
+            buffers.qkv,
+            batch.positions,
+            self.cos_sin,
+            batch.slot_mapping,
+            kv_cache,
+            w.q_norm,
+            w.k_norm,
+            eps,
+            out=buffers.q,
+        )
+        self._attend(buffers, batch, kv_cache)
+
+    def _attend(self, buffers: StageBuffers, batch: AttentionBatch, kv_cache: Tensor) -> None:
+        if batch.cu_seqlens is None:
+            self.ops.decode_attention(
+                buffers.q,
+                kv_cache,
+                batch.block_table,
+                batch.context_lens,
+                self.scale,
+                workspace=buffers.workspace,
+                out=buffers.attention,
+            )
+        else:
+            self.ops.prefill_attention(
+                buffers.q,
+                kv_cache,
+                batch.block_table,
+                batch.cu_seqlens,
+                batch.context_lens,
+                batch.max_query_len,
+                self.scale,
+                out=buffers.attention,
+            )
+
+    def ffn_stage(self, layer: int, buffers: StageBuffers) -> None:
+        """buffers.attention, buffers.hidden -> buffers.hidden."""
+        w = self.weights.layers[layer]
+        attention = buffers.attention.flatten(1)
+        self.ops.linear(attention, w.o, w.o_bias, buffers.hidden, out=buffers.hidden)
+        self.ops.mlp(
+            buffers.hidden,
+            w.post_norm,
+            self.config.rms_norm_eps,
+            w.gate_up,
+            w.down,
+            normed=buffers.normed,
+            act=buffers.act,
+            out=buffers.hidden,
+        )
+
+    def layers(
+        self, buffers: StageBuffers, batch: AttentionBatch, kv_layers: Sequence[Tensor]
+    ) -> None:
+        """Every layer in turn, its two stages one after the other. kv_layers: [L] layer views."""
+        for layer, kv_cache in enumerate(kv_layers):
+            self.attention_stage(layer, buffers, batch, kv_cache)
+            self.ffn_stage(layer, buffers)
+
+    def lm_head(self, hidden: Tensor, buffers: StageBuffers) -> Tensor:
+        """Final norm and vocabulary projection. hidden: [B, N] -> buffers.logits [B, V]."""
+        return self.ops.linear(
+            hidden,
+            self.weights.lm_head,
+            norm_weight=self.weights.final_norm,
+            eps=self.config.rms_norm_eps,
+            normed=buffers.normed[: len(hidden)],
+            out=buffers.logits,
+        )

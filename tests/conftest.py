@@ -1,0 +1,43 @@
+"""Set-up of every test: where kernels run, poisoned allocations, hypothesis profiles."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read where @triton.jit decorates, so before `kernels`
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one thread per worker: more would fight over the same cores
+
+# torch fills what torch.empty gives with NaN (integers with their maximum) in this mode alone; a
+# kernel that leaves a lane of its output unwritten is seen at once
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+settings.register_profile(
+    "ci", deadline=None, max_examples=15, print_blob=True, suppress_health_check=QUIET
+)
+settings.register_profile("gpu", settings.get_profile("ci"), max_examples=150)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gpu" if HAS_GPU else "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
+    config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if HAS_GPU else "cpu"

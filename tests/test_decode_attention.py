@@ -1,0 +1,182 @@
+"""Paged attention of one new token per request: split, combined, the same alone or in a batch."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from kernels.decode_attention import MAX_SPLITS, MIN_SPLIT_LEN, decode_workspace
+from kernels.tile import Tile
+from tests.strategies import (
+    DEVICE,
+    Layout,
+    PagedBatch,
+    assert_close,
+    assert_same_bits,
+    dtypes,
+    ints,
+    layouts,
+    randn,
+    row_rms,
+    seeds,
+    sparse_pool,
+)
+
+tiles = st.none() | st.builds(
+    Tile, BLOCK_M=st.just(16), BLOCK_N=st.sampled_from([16, 32, 128]), BLOCK_K=st.just(0)
+)
+long_lens = st.integers(1, 3 * MIN_SPLIT_LEN + 1)  # up to four splits
+many_splits = (MAX_SPLITS - 1) * MIN_SPLIT_LEN
+small = dict(head_dim=16, group=1, num_layers=1)
+
+
+def attend(batch: PagedBatch, **options: object) -> Tensor:
+    return kernels.decode_attention(
+        batch.q, *batch.paging, batch.context_lens, batch.scale, **options
+    )
+
+
+def assert_attended(actual: Tensor, batch: PagedBatch) -> None:
+    # an output is a weighted mean of values, each weight rounded once to the dtype of the values
+    expected = reference.decode_attention(
+        batch.q.float(), *batch.paging, batch.context_lens, batch.scale
+    )
+    assert_close(actual, expected, scale=row_rms(expected))
+
+
+def alone(batch: PagedBatch, b: int) -> PagedBatch:
+    return PagedBatch(
+        q=batch.q[b : b + 1],
+        pool=batch.pool,
+        kv_cache=batch.kv_cache,
+        block_table=batch.block_table[b : b + 1],
+        cu_seqlens=ints([0, 1]),
+        context_lens=batch.context_lens[b : b + 1],
+    )
+
+
+@given(
+    layout=layouts(max_requests=6),
+    tile=tiles,
+    num_sms=st.sampled_from([None, 1, 5]),
+    give_out=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+@example(Layout(context_lens=()), None, None, False, torch.float16, 0)
+@example(Layout(context_lens=(0,)), None, None, False, torch.float16, 0)  # a padding row alone
+@example(Layout(context_lens=(0, 15, 16, 17, 0)), None, None, True, torch.float16, 0)
+@example(Layout(context_lens=(1, 63, 64, 65)), None, 1, False, torch.float32, 0)
+@example(Layout(context_lens=(255, 256, 257)), None, None, False, torch.float16, 0)  # MIN_SPLIT_LEN
+@example(Layout(context_lens=(30,), head_dim=96, group=7), None, 5, False, torch.float32, 0)
+def test_decode_attention_matches_reference(layout, tile, num_sms, give_out, dtype, seed):
+    batch = layout.build(dtype, seed)
+    out = torch.full_like(batch.q, float("nan")) if give_out else None
+    actual = attend(batch, out=out, tile=tile, num_sms=num_sms)
+    assert out is None or actual is out
+    assert_attended(actual, batch)
+
+
+@given(context_lens=st.lists(long_lens, max_size=3), dtype=dtypes, seed=seeds)
+@example([many_splits], torch.float16, 0)
+@example([many_splits + MIN_SPLIT_LEN - 1, 1], torch.float32, 0)
+@example([many_splits + MIN_SPLIT_LEN], torch.float32, 0)  # every split full
+@example([many_splits + MIN_SPLIT_LEN + 1], torch.float32, 0)  # splits grow from here on
+def test_split_contexts_match_reference(context_lens, dtype, seed):
+    batch = Layout(context_lens=tuple(context_lens), **small).build(dtype, seed)
+    assert_attended(attend(batch), batch)
+
+
+@given(
+    batches=st.lists(st.lists(st.just(0) | long_lens, min_size=1, max_size=3), max_size=4),
+    dtype=dtypes,
+    seed=seeds,
+)
+@example([[600, 1], [1, 600], [0, 0, 300]], torch.float32, 0)
+def test_workspace_is_reused_from_batch_to_batch(batches, dtype, seed):
+    workspace = decode_workspace(3, 1, 1, small["head_dim"], DEVICE)
+    for n, context_lens in enumerate(batches):
+        batch = Layout(context_lens=tuple(context_lens), **small).build(dtype, seed + n)
+        actual = attend(batch, workspace=workspace)
+        assert_attended(actual, batch)
+        assert_same_bits(actual, attend(batch))
+        assert not workspace.arrived.any()
+
+
+@given(layout=layouts(max_requests=5), dtype=dtypes, seed=seeds)
+@example(Layout(context_lens=(600, 3, 0, 257), **small), torch.float32, 0)
+def test_a_request_gets_the_same_bits_alone_and_in_a_batch(layout, dtype, seed):
+    batch = layout.build(dtype, seed)
+    together = attend(batch)
+    for b in range(len(batch.context_lens)):
+        assert_same_bits(attend(alone(batch, b)), together[b : b + 1])
+
+
+@given(layout=layouts(), num_sms=st.integers(1, 9), dtype=dtypes, seed=seeds)
+@example(Layout(context_lens=(600, 3, 0, 257), **small), 2, torch.float32, 0)
+def test_decode_attention_gives_the_same_bits_on_every_partition(layout, num_sms, dtype, seed):
+    batch = layout.build(dtype, seed)
+    pool = batch.pool.clone()
+    assert_same_bits(attend(batch, num_sms=num_sms), attend(batch))
+    assert_same_bits(batch.pool, pool)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    batch = Layout(context_lens=(70, 600), **small).build(torch.float16, 0)
+    batch.q.mul_(60)
+    batch.kv_cache[:, 0].mul_(60)
+    assert_attended(attend(batch), batch)
+
+
+def test_blocks_beyond_int32_offsets(tmp_path):
+    pool = sparse_pool(tmp_path, 2**16 + 2, 2, 2, 32, 2, 128, dtype=torch.float16)
+    q, kv = randn(0, (1, 4, 128), (2, 32, 2, 128), dtype=torch.float16)
+    pool[-1, 1] = kv
+    batch = PagedBatch(
+        q=q,
+        pool=pool,
+        kv_cache=pool[:, 1],
+        block_table=ints([[len(pool) - 1]]),
+        cu_seqlens=ints([0, 1]),
+        context_lens=ints([20]),
+    )
+    assert_attended(attend(batch), batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim, num_kv_heads, group", [(128, 8, 4), (64, 3, 3), (96, 2, 5)])
+@pytest.mark.parametrize("batch_size, context_len", [(1, 16384), (12, 54), (17, 2048), (128, 97)])
+def test_decode_attention_at_model_shapes(
+    batch_size, context_len, head_dim, num_kv_heads, group, dtype
+):
+    batch = Layout(
+        context_lens=tuple(max(1, context_len - 7 * b) for b in range(batch_size)),
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+    ).build(dtype, 0)
+    actual = attend(batch)
+    assert_attended(actual, batch)
+    assert_same_bits(attend(batch), actual)
+    last = batch_size - 1
+    assert_same_bits(attend(alone(batch, last)), actual[last:])
+
+
+@pytest.mark.gpu
+def test_decode_attention_replays_in_a_graph():
+    """A captured launch follows context_lens and block_table as they change."""
+    batch = Layout(context_lens=(700, 3, 256), **small).build(torch.bfloat16, 0)
+    workspace = decode_workspace(3, 1, 1, small["head_dim"], DEVICE)
+    out = torch.empty_like(batch.q)
+    attend(batch, workspace=workspace, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(batch, workspace=workspace, out=out)
+    for context_lens in ((1, 3, 250), (699, 0, 256), (300, 2, 100)):
+        batch.context_lens.copy_(ints(context_lens))
+        graph.replay()
+        assert_attended(out, batch)

@@ -1,0 +1,134 @@
+"""EngineConfig refuses what it must, naming the field, what is allowed and what came."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+
+BAD_OPTIONS = [
+    ("device", "gpu", "auto, cpu, cuda or cuda:N"),
+    ("device", "cuda:-1", "auto, cpu, cuda or cuda:N"),
+    ("device", 0, "auto, cpu, cuda or cuda:N"),
+    ("dtype", "float64", "one of auto, bfloat16, float16, float32"),
+    ("dtype", torch.float16, "one of auto"),
+    ("max_num_seqs", 0, ">= 1"),
+    ("max_num_seqs", True, ">= 1"),
+    ("max_num_batched_tokens", 0, ">= 1"),
+    ("max_num_batched_tokens", 8.0, "integer"),
+    ("max_model_len", 1, ">= 2"),
+    ("block_size", 0, ">= 1"),
+    ("block_size", 24, "power of two"),
+    ("num_kv_blocks", 0, ">= 1"),
+    ("gpu_memory_utilization", 0, "(0, 1]"),
+    ("gpu_memory_utilization", 1.01, "(0, 1]"),
+    ("gpu_memory_utilization", math.nan, "(0, 1]"),
+    ("gpu_memory_utilization", "0.9", "(0, 1]"),
+    ("enable_prefix_caching", 1, "True or False"),
+    ("enforce_eager", None, "True or False"),
+    ("load_format", "gguf", "auto, dummy"),
+    ("kernels", "cuda", "auto, triton, reference"),
+    ("tensor_parallel_size", 2, "not supported yet"),
+    ("tensor_parallel_size", 0, ">= 1"),
+    ("seed", 2**63, "from -9223372036854775808 to 9223372036854775807"),
+    ("seed", None, "integer"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD_OPTIONS)
+def test_bad_option_names_field_allowed_and_value(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ValueError) as error:
+        EngineConfig.from_options("m", **{name: value})
+    message = str(error.value)
+    assert message.startswith(name) and allowed in message
+    assert message.endswith(f"got {value!r}")
+
+
+def test_model_must_be_a_name() -> None:
+    with pytest.raises(ValueError, match=r"model must be a name or a folder, got ''"):
+        EngineConfig(model="")
+
+
+def test_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"unknown option 'max_num_seq'.*'max_num_seqs'"):
+        EngineConfig.from_options("m", max_num_seq=3)
+
+
+def test_options_reach_their_fields(tmp_path: Any) -> None:
+    config = EngineConfig.from_options(tmp_path, max_num_batched_tokens=1, block_size=1)
+    assert (config.model, config.max_num_batched_tokens) == (str(tmp_path), 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.block_size = 2  # type: ignore[misc]
+
+
+@pytest.fixture(params=[0, 2])
+def num_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
+    return request.param
+
+
+def test_resolve_device(num_gpus: int) -> None:
+    def resolve(device: str) -> str:
+        return EngineConfig(model="m", device=device).resolve_device()
+
+    assert resolve("cpu") == "cpu"
+    assert resolve("auto") == ("cuda:0" if num_gpus else "cpu")
+    if num_gpus:
+        assert (resolve("cuda"), resolve("cuda:1")) == ("cuda:0", "cuda:1")
+    with pytest.raises(ValueError, match=rf"device must .*found: {num_gpus}\), got 'cuda:2'"):
+        resolve("cuda:2")
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device must be cpu \(GPUs found: 0\), got 'cuda'"):
+        EngineConfig(model="m", device="cuda").resolve_device()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "device", "resolved"),
+    [
+        ("auto", "bfloat16", "cpu", "float32"),
+        ("auto", "bfloat16", "cuda:0", "bfloat16"),
+        ("auto", "float16", "cuda:0", "float16"),
+        ("auto", None, "cuda:0", "float32"),
+        ("float16", "bfloat16", "cuda:0", "float16"),
+        ("bfloat16", "float32", "cpu", "bfloat16"),
+    ],
+)
+def test_resolve_dtype(
+    dtype: str, checkpoint: str | None, device: str, resolved: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert EngineConfig(model="m", dtype=dtype).resolve_dtype(checkpoint, device) == resolved
+
+
+def test_bfloat16_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="dtype must be float16 or float32 on cuda:0, got 'bfl"):
+        EngineConfig(model="m").resolve_dtype("bfloat16", "cuda:0")
+
+
+def test_checkpoint_dtype_must_be_known() -> None:
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'float8_e4m3fn'"):
+        EngineConfig(model="m").resolve_dtype("float8_e4m3fn", "cuda:0")
+
+
+def test_resolve_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert EngineConfig(model="m").resolve_kernels("cpu") == "reference"
+    assert EngineConfig(model="m").resolve_kernels("cuda:0") == "triton"
+    assert EngineConfig(model="m", kernels="reference").resolve_kernels("cuda:0") == "reference"
+    with pytest.raises(ValueError, match=r"kernels must be reference .*TRITON_INTERPRET=1"):
+        EngineConfig(model="m", kernels="triton").resolve_kernels("cpu")
+
+
+def test_interpreted_kernels_refuse_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert EngineConfig(model="m", kernels="triton").resolve_kernels("cpu") == "triton"
+    with pytest.raises(ValueError, match="dtype must be float16 or float32 under TRITON_INTERP"):
+        EngineConfig(model="m", kernels="triton", dtype="bfloat16").resolve_kernels("cpu")

@@ -1,0 +1,123 @@
+"""QK-norm, RoPE and the write of k and v, in one pass."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import kernels
+from kernels import reference
+from tests.strategies import (
+    DEVICE,
+    Layout,
+    assert_close,
+    assert_same_bits,
+    block_sizes,
+    dtypes,
+    groups,
+    head_dims,
+    ints,
+    kv_heads,
+    permutation,
+    randn,
+    row_rms,
+    seeds,
+    sparse_pool,
+)
+
+EPS = 1e-6
+MAX_POSITION = 512
+
+
+def rope_inputs(T: int, layout: Layout, dtype: torch.dtype, seed: int) -> tuple:
+    """qkv, positions and cos_sin of T tokens."""
+    width = (layout.group + 2) * layout.num_kv_heads * layout.head_dim
+    (qkv,) = randn(seed, (T, width), dtype=dtype)
+    (angles,) = randn(seed, (MAX_POSITION, layout.head_dim // 2), dtype=torch.float32)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return qkv, permutation(seed, MAX_POSITION)[:T], cos_sin
+
+
+def scattered_slots(stored: list[bool], num_slots: int, seed: int) -> torch.Tensor:
+    """A slot of its own for every stored token, a negative number for the others."""
+    slots = permutation(seed + 1, num_slots)[: len(stored)]
+    return torch.where(ints(stored, torch.bool), slots, -1 - seed % 3)
+
+
+@given(
+    stored=st.lists(st.sampled_from([True, True, True, False]), max_size=12),
+    layout=st.builds(
+        Layout,
+        context_lens=st.just(()),
+        num_kv_heads=kv_heads,
+        group=groups,
+        head_dim=head_dims,
+        block_size=block_sizes,
+        num_layers=st.integers(1, 3),
+    ),
+    qk_norm=st.booleans(),
+    give_out=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+@example([], Layout(context_lens=()), True, False, torch.float16, 0)
+@example([False], Layout(context_lens=()), True, False, torch.float16, 0)  # a padding row alone
+@example([True], Layout(context_lens=(), head_dim=96), True, True, torch.float32, 1)  # D masked
+@example([True] * 4, Layout(context_lens=(), num_kv_heads=3, group=3), False, False, torch.float16, 2)
+def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, seed):
+    qkv, positions, cos_sin = rope_inputs(len(stored), layout, dtype, seed)
+    q_weight, k_weight = randn(seed + 1, (layout.head_dim,), (layout.head_dim,), dtype=dtype)
+    norms = (q_weight, k_weight, EPS) if qk_norm else ()
+    (pool,) = randn(
+        seed,
+        (5, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim),
+        dtype=dtype,
+    )
+    slots = scattered_slots(stored, 5 * layout.block_size, seed)
+    layer = seed % layout.num_layers
+
+    expected_pool, before = pool.float(), pool.clone()
+    expected = torch.zeros(
+        len(stored), layout.num_kv_heads * layout.group, layout.head_dim, device=DEVICE
+    )
+    if stored:
+        reference.rope_store(
+            qkv.float(), positions, cos_sin, slots, expected_pool[:, layer], *norms, out=expected
+        )
+    out = torch.full_like(expected, float("nan"), dtype=dtype) if give_out else None
+    actual = kernels.rope_store(
+        qkv, positions, cos_sin, slots, pool[:, layer], *norms, out=out
+    )
+    assert out is None or actual is out
+    assert_close(actual, expected, scale=row_rms(expected))
+    assert_close(pool, expected_pool, scale=row_rms(expected_pool))
+
+    written = torch.zeros(pool.shape[:4], dtype=torch.bool, device=DEVICE)
+    blocks, offsets = slots[slots >= 0] // layout.block_size, slots[slots >= 0] % layout.block_size
+    written[blocks, layer, :, offsets] = True
+    assert_same_bits(pool[~written], before[~written])
+    v = qkv.view(len(stored), layout.num_kv_heads * (layout.group + 2), layout.head_dim)
+    v = v[slots >= 0, -layout.num_kv_heads :]
+    assert_same_bits(pool[blocks, layer, 1, offsets], v)
+
+
+@pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
+def test_positions_may_be_int32_or_int64(position_dtype):
+    layout = Layout(context_lens=())
+    qkv, positions, cos_sin = rope_inputs(3, layout, torch.float32, 0)
+    kv_cache = torch.zeros(2, 2, 16, 1, 64, device=DEVICE)
+    slots = ints([3, 17, 31], torch.int64)
+    expected = reference.rope_store(qkv, positions, cos_sin, slots, kv_cache.clone())
+    actual = kernels.rope_store(qkv, positions.to(position_dtype), cos_sin, slots, kv_cache)
+    assert_close(actual, expected, scale=row_rms(expected))
+
+
+def test_slots_beyond_int32_offsets(tmp_path):
+    """2 ** 31 elements lie below the last block."""
+    pool = sparse_pool(tmp_path, 2**16 + 2, 2, 2, 32, 2, 128, dtype=torch.float16)
+    layout = Layout(context_lens=(), num_kv_heads=2, group=2, head_dim=128, block_size=32)
+    qkv, positions, cos_sin = rope_inputs(1, layout, torch.float16, 0)
+    near, far = torch.zeros(1, 2, 32, 2, 128, dtype=torch.float16, device=DEVICE), pool[:, 1]
+    reference.rope_store(qkv, positions, cos_sin, ints([5], torch.int64), near)
+    kernels.rope_store(qkv, positions, cos_sin, ints([(2**16 + 1) * 32 + 5], torch.int64), far)
+    assert_close(far[-1], near[0].float(), scale=row_rms(near[0]))

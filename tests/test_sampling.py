@@ -1,0 +1,210 @@
+"""Token ids from logits: greedy, the kept tokens, the noise, and what a row may depend on."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from tests.strategies import DEVICE, dtypes, ints, randn, seeds, strided
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one row is sampled."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    step: int = 0
+
+
+def tensors(rows: list[Row]) -> tuple[Tensor, ...]:
+    """The arguments of `sample` behind the logits."""
+    return (
+        ints([row.temperature for row in rows], torch.float32),
+        ints([row.top_k for row in rows], torch.int32),
+        ints([row.top_p for row in rows], torch.float32),
+        ints([row.min_p for row in rows], torch.float32),
+        ints([row.seed for row in rows], torch.int64),
+        ints([row.step for row in rows], torch.int32),
+    )
+
+
+rows = st.builds(
+    Row,
+    temperature=st.sampled_from([0.0, 0.1, 0.6, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 50, 10**6]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**31 - 1),
+)
+vocab_sizes = st.integers(1, 300) | st.sampled_from([4095, 4096, 4097, 9001])
+
+
+def draw_logits(kind: str, seed: int, num_rows: int, V: int, dtype: torch.dtype) -> Tensor:
+    (logits,) = randn(seed, (num_rows, V), dtype=torch.float32)
+    if kind == "spread":
+        logits = logits * 8
+    elif kind == "ties":
+        logits = (logits * 2).round()
+    elif kind == "equal":
+        logits = torch.full_like(logits, float(logits[0, 0]) if num_rows else 0.0)
+    elif kind == "masked":  # by a grammar, say: all but a few tokens are forbidden
+        logits = logits.masked_fill(logits < 1, -INF)
+        logits[:, seed % V] = 0
+    elif kind == "extreme":
+        logits = torch.where(logits < 0, -1e30, logits * torch.finfo(dtype).max / 16)
+    return logits.to(dtype)
+
+
+kinds = st.sampled_from(["plain", "spread", "ties", "equal", "masked", "extreme"])
+
+
+def assert_sampled(tokens: Tensor, logits: Tensor, params: tuple[Tensor, ...]) -> None:
+    """Each token has the largest noisy score among those kept, as far as fp32 can tell.
+
+    Two sums decide otherwise in another order: mass against top_p, to 1e-5, and scores, to some
+    spacings of the largest of them.
+    """
+    temperature, top_k, top_p, min_p, row_seeds, steps = params
+    assert tokens.dtype == torch.int64 and tokens.shape == temperature.shape
+    greedy = temperature <= 0
+    assert torch.equal(tokens[greedy], logits[greedy].float().argmax(-1))
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    noise = reference.gumbel_noise(row_seeds, steps, logits.shape[1])
+    plain = ((top_k <= 0) & (top_p >= 1) & (min_p <= 0))[:, None]
+    kept, surely_kept = (
+        plain | reference._kept_tokens(scaled, top_k, p.clamp_min(1e-9), m)
+        for p, m in (
+            (top_p + 1e-5, min_p * (1 - 1e-5)),
+            (torch.where(top_p < 1, top_p - 1e-5, top_p), min_p * (1 + 1e-5) * (min_p < 1) + min_p * (min_p == 1)),
+        )
+    )
+    chosen = tokens[:, None]
+    scores = scaled + noise
+    best = scores.masked_fill(~surely_kept, -INF).amax(-1)
+    slack = 1e-4 + 2.0**-21 * best.abs()
+    sound = kept.gather(1, chosen)[:, 0] & (scores.gather(1, chosen)[:, 0] >= best - slack)
+    assert (sound | greedy).all()
+
+
+@given(
+    batch=st.lists(rows, max_size=6),
+    V=vocab_sizes,
+    kind=kinds,
+    spread=st.booleans(),
+    give_out=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+@example([], 17, "plain", False, False, torch.float32, 0)
+@example([Row(0.0)], 1, "plain", False, True, torch.float16, 0)
+@example([Row(0.0), Row(0.0, top_k=2, top_p=0.5)], 4097, "ties", True, True, torch.float16, 0)
+@example([Row(1.0), Row(0.5, top_k=3)], 4096, "masked", False, False, torch.float32, 0)
+@example([Row(1.0, min_p=1.0), Row(1.0, top_p=1e-6)], 300, "ties", False, False, torch.float32, 0)
+@example([Row(1.0), Row(1.0, 2, 0.5, 0.1)], 8, "equal", False, False, torch.float32, 0)
+@example([Row(0.1), Row(0.1, 5, 0.9, 0.1)], 300, "extreme", False, False, torch.float32, 0)
+def test_sample_matches_reference(batch, V, kind, spread, give_out, dtype, seed):
+    logits = draw_logits(kind, seed, len(batch), V, dtype)
+    logits, params = strided(logits) if spread else logits, tensors(batch)
+    out = torch.full((len(batch),), -1, device=DEVICE) if give_out else None
+    tokens = kernels.sample(logits, *params, out=out)
+    assert out is None or tokens is out
+    assert_sampled(tokens, logits, params)
+    assert torch.equal(kernels.sample(logits, *params), tokens)
+
+
+@given(batch=st.lists(rows, min_size=1, max_size=4), V=vocab_sizes, dtype=dtypes, seed=seeds)
+def test_reference_holds_to_the_same_rules(batch, V, dtype, seed):
+    logits, params = draw_logits("plain", seed, len(batch), V, dtype), tensors(batch)
+    assert_sampled(reference.sample(logits, *params), logits, params)
+
+
+@given(V=vocab_sizes, kind=kinds, dtype=dtypes, seed=seeds)
+def test_greedy_takes_the_first_of_equals(V, kind, dtype, seed):
+    logits, params = draw_logits(kind, seed, 3, V, dtype), tensors([Row(0.0)] * 3)
+    assert torch.equal(kernels.sample(logits, *params), logits.float().argmax(-1))
+
+
+@given(batch=st.lists(rows, min_size=2, max_size=5), V=vocab_sizes, dtype=dtypes, seed=seeds)
+def test_a_token_does_not_depend_on_the_other_rows(batch, V, dtype, seed):
+    logits, params = draw_logits("plain", seed, len(batch), V, dtype), tensors(batch)
+    together = kernels.sample(logits, *params)
+    for b in range(len(batch)):
+        alone = kernels.sample(logits[b : b + 1], *(param[b : b + 1] for param in params))
+        assert torch.equal(alone, together[b : b + 1])
+
+
+def test_seed_and_step_each_change_the_draw():
+    logits = torch.zeros(64, 5000, device=DEVICE)
+    by_step = kernels.sample(logits, *tensors([Row(step=n) for n in range(64)]))
+    by_seed = kernels.sample(logits, *tensors([Row(seed=n << 32) for n in range(64)]))  # high word
+    assert len(set(by_step.tolist())) > 60 and len(set(by_seed.tolist())) > 60
+
+
+def test_a_forbidden_token_is_never_drawn():
+    """-inf stays out however hot the row, and a row of -inf alone still names a token."""
+    logits = torch.full((200, 40), -INF, device=DEVICE)
+    logits[:100, [7, 39]] = torch.tensor([-1e30, -1e30], device=DEVICE)
+    tokens = kernels.sample(logits, *tensors([Row(3.0, seed=n) for n in range(200)]))
+    assert set(tokens[:100].tolist()) <= {7, 39}
+    assert set(tokens[100:].tolist()) == {0}
+
+
+def chi_square(tokens: Tensor, probs: Tensor) -> float:
+    wanted = probs * len(tokens)
+    counts = torch.bincount(tokens.cpu(), minlength=len(probs))
+    return float(((counts - wanted).square() / wanted).sum())
+
+
+# chance of a sound sampler to exceed it: 1e-4, at 7 degrees of freedom; the seeds are fixed
+CRITICAL = 29.9
+
+
+@pytest.mark.parametrize("draws", ["seeds", "steps"])
+def test_tokens_are_drawn_in_their_proportions(draws):
+    num_draws, temperature = 3000, 0.7
+    (logits,) = randn(1, (8,), dtype=torch.float32)
+    batch = [Row(temperature, **{draws[:-1]: n}) for n in range(num_draws)]
+    tokens = kernels.sample(logits.expand(num_draws, 8).contiguous(), *tensors(batch))
+    assert chi_square(tokens, (logits / temperature).softmax(-1).cpu()) < CRITICAL
+    # the test has the power to tell a temperature of 0.8 from one of 0.7
+    assert chi_square(tokens, (logits / 0.8).softmax(-1).cpu()) > CRITICAL
+
+
+@pytest.mark.parametrize(
+    "row, kept",
+    [(Row(top_k=3), [5, 6, 7]), (Row(top_p=0.8), [5, 6, 7]), (Row(min_p=0.3), [6, 7])],
+)
+def test_kept_tokens_are_drawn_in_their_proportions(row, kept):
+    num_draws = 1000
+    probs = torch.tensor([0.02, 0.03, 0.05, 0.05, 0.05, 0.1, 0.3, 0.4])
+    logits = probs.log().to(DEVICE).expand(num_draws, 8).contiguous()
+    batch = [Row(row.temperature, row.top_k, row.top_p, row.min_p, n) for n in range(num_draws)]
+    tokens = kernels.sample(logits, *tensors(batch)).cpu()
+    assert set(tokens.tolist()) == set(kept)
+    renumbered = torch.searchsorted(torch.tensor(kept), tokens)
+    assert chi_square(renumbered, probs[kept] / probs[kept].sum()) < CRITICAL
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("V", [49152, 151936])
+def test_sample_at_model_shapes(V, dtype):
+    logits = draw_logits("spread", 0, 64, V, dtype)
+    batch = [
+        Row(0.6 if n % 4 else 0.0, (0, 20, 0)[n % 3], (1.0, 0.95)[n % 2], 0.0, n, 7 * n)
+        for n in range(64)
+    ]
+    params = tensors(batch)
+    assert_sampled(kernels.sample(logits, *params), logits, params)

@@ -1,0 +1,331 @@
+"""The scheduler drives a simulated device, one step ahead; what comes out must be right."""
+
+from collections import deque
+from hashlib import blake2b
+
+import pytest
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from engine.block_manager import BlockManager
+from engine.request import Request, RequestState, SamplingParams
+from engine.scheduler import PrefillChunk, Scheduler
+
+EOS, VOCAB = 0, 61
+Result = tuple[Request, int, int]  # request, sampled token, the epoch of its launch
+
+
+def mix(previous: bytes, token_id: int) -> bytes:
+    """What the fake model writes to the cache: it depends on every token so far."""
+    return blake2b(previous + bytes([token_id]), digest_size=8).digest()
+
+
+def sample(cell: bytes) -> int:
+    return cell[0] % VOCAB
+
+
+def expected_tokens(prompt: list[int], max_total_tokens: int) -> list[int]:
+    """The fake model's output, computed without scheduler, cache or batch."""
+    cell, generated = b"", []
+    for token_id in prompt:
+        cell = mix(cell, token_id)
+    while len(prompt) + len(generated) < max_total_tokens:
+        generated.append(sample(cell))
+        if generated[-1] == EOS:
+            break
+        cell = mix(cell, generated[-1])
+    return generated
+
+
+class Engine:
+    """Scheduler, block manager and a device whose results arrive num_behind steps later."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_behind: int = 1, **limits: int):
+        self.manager = BlockManager(num_blocks, block_size)
+        limits = {"max_num_seqs": 4, "max_num_batched_tokens": 7, "max_model_len": 99} | limits
+        self.scheduler = Scheduler(self.manager, on_release=self.drop_row, **limits)
+        self.num_behind = num_behind
+        self.pool = [[b""] * block_size for _ in range(num_blocks)]
+        self.rows: dict[int, int] = {}  # newest token of each request, on the device
+        self.pending: deque[list[Result]] = deque()
+        self.requests: list[Request] = []
+
+    def add(self, prompt: list[int], max_tokens: int) -> Request:
+        request = Request(len(self.requests), prompt, SamplingParams(max_tokens=max_tokens))
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    def drop_row(self, request: Request) -> None:
+        self.rows.pop(request.request_id, None)
+
+    def write(self, request: Request, position: int, token_id: int) -> bytes:
+        """Compute one position from the one before, through the block table."""
+        table, size = self.manager.block_table(request.request_id), self.manager.block_size
+        before = b""
+        if position:
+            before = self.pool[table[(position - 1) // size]][(position - 1) % size]
+        cell = self.pool[table[position // size]][position % size] = mix(before, token_id)
+        return cell
+
+    def launch_prefill(self, chunks: list[PrefillChunk]) -> list[Result]:
+        results = []
+        for chunk in chunks:
+            request, end = chunk.request, chunk.start + chunk.num_tokens
+            for position in range(chunk.start, end):
+                cell = self.write(request, position, request.token_ids[position])
+            if chunk.is_last:
+                assert end == len(request.token_ids)
+                self.rows[request.request_id] = sample(cell)
+                results.append((request, sample(cell), chunk.epoch))
+        return results
+
+    def launch_decode(self, requests: list[Request]) -> list[Result]:
+        results = []
+        for request in requests:
+            token_id, position = self.rows[request.request_id], request.num_computed_tokens - 1
+            assert position == request.num_tokens - 2
+            token_id = sample(self.write(request, position, token_id))
+            self.rows[request.request_id] = token_id
+            results.append((request, token_id, request.epoch))
+        return results
+
+    def step(self, schedule_both_first: bool = False, prefill_fails: bool = False) -> None:
+        chunks = self.scheduler.schedule_prefill()
+        assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.max_num_batched_tokens
+        assert all(chunk.num_tokens > 0 for chunk in chunks)
+        decoding = self.scheduler.schedule_decode() if schedule_both_first else None
+        chunks = [chunk for chunk in chunks if not chunk.is_stale]
+        if prefill_fails and not schedule_both_first:
+            for chunk in chunks:
+                self.scheduler.finish(chunk.request, "error")
+            results = []
+        else:
+            results = self.launch_prefill(chunks)
+            self.scheduler.launched(chunks)
+        decoding = self.scheduler.schedule_decode() if decoding is None else decoding
+        assert [r.request_id for r in decoding] == sorted(r.request_id for r in decoding)
+        self.pending.append(results + self.launch_decode(decoding))
+        while len(self.pending) > self.num_behind:
+            self.collect()
+
+    def collect(self) -> None:
+        for request, token_id, epoch in self.pending.popleft():
+            if self.scheduler.record_token(request, token_id, epoch):
+                reason = request.end_reason({EOS})
+                if reason is not None:
+                    self.scheduler.finish(request, reason)
+
+    def run_to_end(self) -> None:
+        """Step until every request has ended; the oldest gains a token every few steps."""
+        num_left = sum(r.max_total_tokens for r in self.requests)
+        for _ in range(num_left * (3 + self.num_behind) + 3):
+            if self.scheduler.is_idle:
+                break
+            self.step()
+            self.check()
+        assert self.scheduler.is_idle, "a request waits for ever"
+        while self.pending:
+            self.collect()
+        self.manager.assert_idle()
+        assert not self.rows, "a row was not given back"
+        for request in self.requests:
+            self.check_output(request)
+
+    def check_output(self, request: Request) -> None:
+        assert request.state is RequestState.FINISHED
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        wanted = expected_tokens(prompt, request.max_total_tokens)
+        if request.finish_reason in ("abort", "error"):
+            wanted = wanted[: request.num_generated]
+        else:
+            assert request.finish_reason == ("stop" if wanted[-1] == EOS else "length")
+        assert request.generated_token_ids == wanted
+
+    def check(self) -> None:
+        self.manager.check()
+        scheduler = self.scheduler
+        waiting, running = list(scheduler.waiting), list(scheduler.running)
+        cut = [] if scheduler.prefilling is None else [scheduler.prefilling.request_id]
+        order = running + cut + waiting
+        assert order == sorted(order), "not first come, first served"
+        assert len(running) + len(cut) == scheduler.num_running <= scheduler.max_num_seqs
+        assert scheduler.num_waiting == len(waiting)
+        assert set(self.rows) == set(running)
+        for request in self.requests:
+            self.check_request(request)
+
+    def check_request(self, request: Request) -> None:
+        holds_blocks = request.request_id in self.manager._holdings
+        in_cache = request.state in (RequestState.PREFILLING, RequestState.DECODING)
+        assert holds_blocks == in_cache
+        if request.state is RequestState.DECODING:
+            assert request.num_computed_tokens == request.num_tokens - 1
+            assert request.num_in_flight >= 0 and request.num_tokens <= request.max_total_tokens
+            table = self.manager.block_table(request.request_id)
+            assert len(table) * self.manager.block_size >= request.num_computed_tokens
+        else:
+            assert request.num_in_flight == 0
+            assert in_cache == (request.num_computed_tokens > 0)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Small pools, so that preemption is the rule; tokens of the fake model must not notice."""
+
+    @initialize(
+        num_blocks=st.integers(6, 16),
+        block_size=st.sampled_from([1, 2, 4]),
+        num_behind=st.integers(0, 2),
+        max_num_seqs=st.integers(1, 5),
+        max_num_batched_tokens=st.integers(1, 20),
+        max_model_len=st.integers(2, 99),
+    )
+    def start(self, **options: int) -> None:
+        self.engine = Engine(**options)
+
+    @rule(
+        length=st.integers(1, 20), shared=st.integers(0, 20), seed=st.integers(1, 5),
+        max_tokens=st.integers(1, 20),
+    )  # fmt: skip
+    def add(self, length: int, shared: int, seed: int, max_tokens: int) -> None:
+        scheduler = self.engine.scheduler
+        capacity = self.engine.manager.num_blocks * self.engine.manager.block_size
+        prompt = [1] * min(shared, length) + [seed] * (length - shared)
+        if length >= min(capacity, scheduler.max_model_len):
+            with pytest.raises(ValueError, match="prompt must be 1 to"):
+                scheduler.add(Request(999, prompt, SamplingParams(max_tokens=max_tokens)))
+        else:
+            self.engine.add(prompt, max_tokens)
+
+    @rule(both_first=st.booleans(), num_steps=st.integers(1, 4))
+    def step(self, both_first: bool, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.engine.step(schedule_both_first=both_first)
+
+    @rule()
+    def step_with_failing_prefill(self) -> None:
+        self.engine.step(prefill_fails=True)
+
+    @rule()
+    def collect_early(self) -> None:
+        if self.engine.pending:
+            self.engine.collect()
+
+    @rule(choice=st.integers(0, 99))
+    def abort(self, choice: int) -> None:
+        if not self.engine.requests:
+            return
+        request = self.engine.requests[-1 - choice % len(self.engine.requests)]
+        was_finished, reason = request.state is RequestState.FINISHED, request.finish_reason
+        aborted = self.engine.scheduler.abort(request.request_id)
+        assert aborted is (None if was_finished else request)
+        assert request.finish_reason == (reason if was_finished else "abort")
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.run_to_end()
+            requests = self.engine.requests
+            event(f"preempted: {any(r.num_preemptions for r in requests)}")
+            event(f"prefix found: {any(r.num_cached_tokens for r in requests)}")
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    budget=st.integers(1, 50),
+    num_blocks=st.integers(12, 40),
+    num_behind=st.integers(0, 2),
+)
+@example(lengths=[8, 8, 8], budget=8, num_blocks=12, num_behind=1)  # 0 modulo the block
+@example(lengths=[9, 9, 9], budget=8, num_blocks=12, num_behind=1)  # 1
+@example(lengths=[7, 7, 7], budget=8, num_blocks=12, num_behind=1)  # -1
+@example(lengths=[40, 1, 40], budget=1, num_blocks=12, num_behind=2)  # one token at a time
+def test_tokens_do_not_depend_on_the_schedule(
+    lengths: list[int], budget: int, num_blocks: int, num_behind: int
+) -> None:
+    engine = Engine(num_blocks, 4, num_behind, max_num_batched_tokens=budget)
+    for i, length in enumerate(lengths):
+        engine.add([1 + (i + j * j) % 3 for j in range(length)], max_tokens=30)
+    engine.run_to_end()
+
+
+def test_pressure_preempts_the_latest_and_it_comes_next() -> None:
+    engine = Engine(5, 4, max_num_batched_tokens=99)
+    first, second, third = (engine.add([token] * 7, max_tokens=8) for token in (1, 2, 3))
+    assert len(expected_tokens([1] * 7, 15)) == len(expected_tokens([2] * 7, 15)) == 8  # no EOS
+    engine.step()
+    assert list(engine.scheduler.running) == [0, 1]  # a block is left for each that runs
+    while not second.num_preemptions:
+        engine.step()
+        engine.check()
+    assert list(engine.scheduler.waiting) == [second.request_id, third.request_id]
+    assert (second.epoch, second.num_in_flight, second.state) == (1, 0, RequestState.WAITING)
+    engine.run_to_end()
+    assert first.num_preemptions == 0
+
+
+def test_prefix_is_shared_only_once_launched() -> None:
+    engine = Engine(20, 4, max_num_batched_tokens=99)
+    prompt = [1] * 9
+    same_batch = [engine.add(prompt, 4), engine.add(prompt, 4)]
+    engine.step()
+    later = engine.add(prompt, 4)
+    engine.run_to_end()
+    assert [r.num_cached_tokens for r in (*same_batch, later)] == [0, 0, 8]
+
+
+def test_head_of_the_queue_is_not_skipped() -> None:
+    engine = Engine(8, 4, max_num_batched_tokens=99)
+    engine.add([1] * 20, 8)
+    big, small = engine.add([2] * 20, 8), engine.add([3], 8)
+    engine.step()
+    assert list(engine.scheduler.waiting) == [big.request_id, small.request_id]
+    engine.run_to_end()
+
+
+def test_results_of_a_finished_request_are_dropped() -> None:
+    engine = Engine(8, 4)
+    request = engine.add([1, 2], 8)
+    engine.step()
+    epoch = request.epoch
+    engine.scheduler.finish(request, "stop")
+    engine.scheduler.finish(request, "error")  # the first reason stays
+    assert not engine.scheduler.record_token(request, 5, epoch)
+    assert request.finish_reason == "stop" and request.num_generated == 0
+    engine.manager.assert_idle()
+
+
+@pytest.mark.parametrize(("num_tokens", "limit"), [(0, 11), (12, 11), (40, 11)])
+def test_prompt_that_can_never_run_is_refused(num_tokens: int, limit: int) -> None:
+    engine = Engine(3, 4)
+    with pytest.raises(
+        ValueError, match=rf"prompt must be 1 to {limit} .*\(12\), got {num_tokens}"
+    ):
+        engine.add([1] * num_tokens, 8)
+    assert engine.scheduler.is_idle
+
+
+def test_same_id_twice_is_refused() -> None:
+    engine = Engine(8, 4)
+    engine.add([1], 4)
+    with pytest.raises(ValueError, match="request_id must be new, got 0"):
+        engine.scheduler.add(Request(0, [1], SamplingParams()))
+    assert engine.scheduler.abort(5) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_num_seqs", 0), ("max_num_batched_tokens", 0), ("max_model_len", 1)]
+)
+def test_bad_limits_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be an integer >= \d, got {value}"):
+        Engine(8, 4, **{name: value})
