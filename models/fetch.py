@@ -155,7 +155,7 @@ def _require_right(gguf: Path, source: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Let transformers read the GGUF file, and write what it read as an ordinary checkpoint.
+    """Let transformers read the GGUF file's tensors, and write an ordinary checkpoint of them.
 
     In float16: the file's scales and minima are float16, and rounding what they give to float16
     again moves a weight by 5e-4 of its size at most. bfloat16 would move it eight times as far;
@@ -163,13 +163,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # the bars of transformers do not ask whether they are on a terminal
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
     # not model.save_pretrained: it takes the model for a quantised one, and refuses
     config = model.config
     config.architectures, config.dtype = [type(model).__name__], torch.float16
@@ -178,11 +178,40 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.mkdir()
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(gguf, folder)
     tensors = {name: value.detach().half() for name, value in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # save_file lets its owner alone read it, even where the cache is shared
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def _save_tokenizer(gguf: Path, folder: Path) -> None:
+    """Build the byte-level BPE of the GGUF file from its own fields.
+
+    transformers would lose the rule that digits stand alone, and 5.5 takes it for CodeLlama's.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    said = {name: field.contents for name, field in GGUFReader(gguf).fields.items()}
+    tokens = said["tokenizer.ggml.tokens"]()
+    merges = [tuple(pair.split(" ")) for pair in said["tokenizer.ggml.merges"]()]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, said["tokenizer.ggml.token_type"](), strict=True)
+    bpe.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == 3])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {
+        f"{ours}_token": tokens[said[f"tokenizer.ggml.{theirs}_token_id"]()]
+        for ours, theirs in roles.items()
+    }
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    tokenizer.chat_template = said["tokenizer.chat_template"]()
+    tokenizer.save_pretrained(folder)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -168,6 +168,20 @@ def test_refused_admission_leaves_the_cache_alone() -> None:
     assert manager.admit(2, [1, 2, 3]) == 2
 
 
+def test_commit_looks_at_new_full_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, published = BlockManager(8, 2), []
+    publish = manager._publish
+    monkeypatch.setattr(manager, "_publish", lambda *args: (published.append(args), publish(*args)))
+    token_ids = [1, 2, 3, 4, 5, 6, 7]
+    manager.admit(0, token_ids)
+    for num_computed in (1, 2, 3, 4, 4, 7, 7):
+        manager.commit(0, token_ids, num_computed)
+    assert [block for block, _ in published] == manager.block_table(0)[:3]
+    manager.admit(1, token_ids)
+    manager.commit(1, token_ids, 7)
+    assert len(published) == 3
+
+
 def test_without_prefix_caching_nothing_is_found() -> None:
     manager = BlockManager(8, 1, enable_prefix_caching=False)
     manager.admit(0, [1, 2, 3])

@@ -358,12 +358,32 @@ def test_the_real_smollm2_answers_in_transformers(smollm2):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, len(tokenizer)) == (2, 0, 49152)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     token_ids = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0]
     answer = token_ids[prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("In 2024, 1234 cats", [788, 216, 34, 32, 34, 36, 28, 216, 33, 34, 35, 36, 7680]),
+        ("Hello  world\n\n  x=10", [19556, 216, 905, 8866, 1792, 45, 33, 32]),
+        ("al.,\n    2011", [272, 1143, 2367, 34, 32, 33, 33]),  # no space goes with the digit
+        ("naïve café 日本 🙂", [3546, 46494, 37366, 17097, 241, 115, 40993, 47526]),
+        ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),
+    ],
+)
+def test_the_real_tokenizer_is_the_same_whichever_transformers_reads_it(text, wanted, smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer(text)["input_ids"] == wanted
+    assert tokenizer.decode(wanted) == text
 
 
 def test_a_second_run_imports_neither_torch_nor_transformers(smollm2):

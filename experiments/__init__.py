@@ -1,0 +1,1 @@
+"""Measurements: each script states its workload, prints what it finds and appends rows to a CSV."""

@@ -1,0 +1,220 @@
+"""Compile every kernel for sm_90, as its launcher would launch it, on a machine without a GPU.
+
+    python -m tests.compile_kernels [--jobs N]    ->    one JSON line per compiled kernel
+
+The launchers themselves are called, with tensors that nothing reads: a driver that only names the
+target stands in for CUDA's, and every launch stops behind its compilation.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402  behind the switch that Triton reads
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import kernels  # noqa: E402
+
+NUM_SMS = 132
+DECODE_BATCHES = (1, 16, 64, 256)
+PREFILL_TOKENS = 2048
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shapes that decide how kernels are specialised."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab_size: int
+
+
+MODELS = {
+    "smollm2-135m": Model(576, 9, 3, 64, 1536, 49152),
+    "qwen3-0.6b": Model(1024, 16, 8, 128, 3072, 151936),
+    "qwen3-8b": Model(4096, 32, 8, 128, 12288, 151936),
+}
+
+
+class CrossDriver:
+    """The part of Triton's driver that compiling needs."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def launch_rows(m: Model, T: int, dtype: torch.dtype) -> None:
+    """What both phases launch over T tokens: all but attention and sampling."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, norm = new(T, m.hidden), new(m.hidden)
+    kernels.rms_norm(x, norm, 1e-6)
+    kernels.add_rms_norm(x, new(T, m.hidden), norm, 1e-6)
+    heads = m.num_heads + 2 * m.num_kv_heads
+    qkv_weight, o_weight = new(heads * m.head_dim, m.hidden), new(m.hidden, m.num_heads * m.head_dim)
+    down_weight, lm_head = new(m.hidden, m.intermediate), new(m.vocab_size, m.hidden)
+    gate_up_weight = new(2 * m.intermediate, m.hidden)
+    for num_sms in (None, NUM_SMS):
+        kernels.linear(x, qkv_weight, norm_weight=norm, eps=1e-6, num_sms=num_sms)
+        kernels.linear(new(T, o_weight.shape[1]), o_weight, residual=x, out=x, num_sms=num_sms)
+        kernels.mlp(x, norm, 1e-6, gate_up_weight, down_weight, out=x, num_sms=num_sms)
+    kernels.linear(x, qkv_weight, new(len(qkv_weight)), norm_weight=norm, eps=1e-6)
+    kernels.linear(x, lm_head)
+    for norms in ((), (new(m.head_dim), new(m.head_dim), 1e-6)):
+        kernels.rope_store(
+            new(T, heads * m.head_dim), ints(T, dtype=torch.int64), torch.empty(4096, m.head_dim),
+            ints(T, dtype=torch.int64), kv_pool(m, dtype)[:, 1], *norms,
+        )  # fmt: skip
+
+
+def kv_pool(m: Model, dtype: torch.dtype) -> Tensor:
+    return torch.empty(64, 4, 2, 16, m.num_kv_heads, m.head_dim, dtype=dtype)
+
+
+def launch_decode(m: Model, B: int, dtype: torch.dtype) -> None:
+    launch_rows(m, B, dtype)
+    q = torch.empty(B, m.num_heads, m.head_dim, dtype=dtype)
+    kernels.decode_attention(
+        q, kv_pool(m, dtype)[:, 1], ints(B, 256), ints(B), 0.1, num_sms=NUM_SMS
+    )
+    per_row = torch.empty(B)
+    for logits in (torch.empty(B, m.vocab_size, dtype=dtype), torch.empty(B, m.vocab_size)):
+        kernels.sample(
+            logits, per_row, ints(B), per_row, per_row, ints(B, dtype=torch.int64), ints(B)
+        )
+
+
+def launch_prefill(m: Model, T: int, dtype: torch.dtype) -> None:
+    launch_rows(m, T, dtype)
+    for max_query_len in (64, T):  # a short chunk and a long prompt
+        kernels.prefill_attention(
+            torch.empty(T, m.num_heads, m.head_dim, dtype=dtype), kv_pool(m, dtype)[:, 1],
+            ints(4, 256), ints(5), ints(4), max_query_len, 0.1,
+        )  # fmt: skip
+    pool = kv_pool(m, dtype)
+    kernels.copy_blocks(pool, pool, ints(8, dtype=torch.int64), ints(8, dtype=torch.int64))
+
+
+def launch_squeezed(m: Model, T: int, dtype: torch.dtype) -> None:
+    """A tile far too large for its warps, which must spill: that the measure can fail."""
+    tile = kernels.Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4)
+    x, weight = torch.empty(T, m.hidden, dtype=dtype), torch.empty(T, m.hidden, dtype=dtype)
+    kernels.linear(x, weight, tile=tile)
+
+
+LAUNCHES = {"decode": launch_decode, "prefill": launch_prefill, "squeezed": launch_squeezed}
+
+
+def cases() -> list[tuple[str, str, str, int]]:
+    """Model, dtype, phase, rows. fp16 for one model: it differs from bf16 in the fused norm only."""
+    sizes = [("prefill", PREFILL_TOKENS)] + [("decode", B) for B in DECODE_BATCHES]
+    kinds = [(model, "bf16") for model in MODELS] + [("qwen3-0.6b", "fp16")]
+    squeezed = [("qwen3-0.6b", "bf16", "squeezed", PREFILL_TOKENS)]
+    return squeezed + [(model, dtype, phase, n) for phase, n in sizes for model, dtype in kinds]
+
+
+def compile_case(case: tuple[str, str, str, int]) -> list[dict]:
+    """One report per kernel that this case launches."""
+    model, dtype, phase, n = case
+    reports = []
+
+    def stop_behind_compilation(run: Callable) -> Callable:
+        def wrapper(self: JITFunction, *args: object, grid: tuple, warmup: bool, **kwargs: object):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            reports.append(dict(model=model, dtype=dtype, phase=phase, rows=n) | report(kernel))
+            return kernel
+
+        return wrapper
+
+    run = JITFunction.run
+    triton.runtime.driver.set_active(CrossDriver())
+    JITFunction.run = stop_behind_compilation(run)
+    try:
+        LAUNCHES[phase](MODELS[model], n, DTYPES[dtype])
+    finally:
+        JITFunction.run = run
+    return reports
+
+
+reported = {}  # by the kernel's hash: many cases differ in nothing that a compiler sees
+
+
+def report(kernel: CompiledKernel) -> dict:
+    """What the compiled kernel takes. Spills are what its SASS moves to local memory and back."""
+    if kernel.hash not in reported:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            dump = cuobjdump("-res-usage", "-sass", cubin.name)
+        reported[kernel.hash] = {
+            "kernel": kernel.metadata.name,
+            "constexprs": constexprs(kernel.src),
+            "num_warps": kernel.metadata.num_warps,
+            "num_stages": kernel.metadata.num_stages,
+            "registers": int(re.search(r"REG:(\d+)", dump)[1]),
+            "stack_bytes": int(re.search(r"STACK:(\d+)", dump)[1]),
+            "spills": len(re.findall(r"\b(?:STL|LDL)\b", dump)),
+            "shared_bytes": kernel.metadata.shared,
+            "wgmma": "HGMMA" in dump,
+        }
+    return reported[kernel.hash]
+
+
+def constexprs(source: ASTSource) -> dict[str, int | str]:
+    """The launch choices by name, less the arguments that Triton itself found to be 1 or None."""
+    names = source.fn.arg_names
+    values = {names[path[0]]: value for path, value in source.constants.items()}
+    return {name: value for name, value in values.items() if name.isupper() and len(name) > 1}
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    jobs = parser.parse_args().jobs
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # a fresh compile, shared by the processes
+        with ProcessPoolExecutor(jobs) as pool:
+            for reports in pool.map(compile_case, cases()):
+                for line in reports:
+                    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What callers may rely on: one signature per op, errors that name both sides, quiet imports."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from tests.strategies import DEVICE, ints
+
+OPS = [
+    "rms_norm",
+    "add_rms_norm",
+    "linear",
+    "gate_up",
+    "mlp",
+    "rope_store",
+    "prefill_attention",
+    "decode_attention",
+    "copy_blocks",
+    "sample",
+    "decode_workspace",
+]
+LAUNCH_ONLY = {"out", "tile", "num_sms", "workspace", "normed"}
+
+
+def parameters(function: Callable) -> list[inspect.Parameter]:
+    """What a caller passes, less how the launch is done and the annotations."""
+    return [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name not in LAUNCH_ONLY
+    ]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_launcher_and_reference_have_one_signature(name):
+    launcher, twin = getattr(kernels, name), getattr(reference, name)
+    assert parameters(launcher) == parameters(twin)
+    ours, theirs = inspect.signature(launcher).parameters, inspect.signature(twin).parameters
+    assert ("out" in ours) == ("out" in theirs)
+    for parameter in ours.values():
+        if parameter.name in LAUNCH_ONLY:
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is None
+
+
+def test_every_reference_has_a_launcher():
+    public = inspect.getmembers(reference, inspect.isfunction)
+    names = {name for name, f in public if f.__module__ == reference.__name__ and name[0] != "_"}
+    assert names - {"gumbel_noise"} == set(OPS)  # the noise has no launch of its own
+
+
+IMPORT = """
+import os, random, sys
+import torch
+before = dict(os.environ), torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads()
+import kernels
+after = dict(os.environ), torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads()
+assert before == after
+assert not torch.cuda.is_initialized()
+assert not hasattr(kernels, "__version__")  # transformers looks for a package of this name
+ours = {"engine", "models", "green", "experiments", "tests"}
+assert not ours & set(sys.modules), ours & set(sys.modules)
+"""
+
+
+def test_import_has_no_side_effect():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_reference_imports_only_torch():
+    assert {name for name, m in vars(reference).items() if inspect.ismodule(m)} == {"math", "torch"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_torch_empty_is_poisoned_in_tests(dtype):
+    """Else a lane that a kernel forgets could hold the right value from a test before."""
+    x = torch.ones(3, 5, dtype=dtype, device=DEVICE)
+    for empty in (torch.empty(7, dtype=dtype, device=DEVICE), torch.empty_like(x), x.new_empty(4)):
+        assert empty.isnan().all()
+    assert (torch.empty(4, dtype=torch.int32, device=DEVICE) == 2**31 - 1).all()
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, device=DEVICE)
+
+
+KV = (4, 2, 16, 2, 32)  # num_blocks, k and v, block_size, H_KV, D
+TABLE, LENS = (2, 3), (2,)
+
+
+def prefill(
+    q: tuple = (5, 4, 32), kv: tuple = KV, table: tuple = TABLE, cu: tuple = (3,), **options: Tensor
+) -> Tensor:
+    return kernels.prefill_attention(
+        zeros(*q), zeros(*kv), zeros(*table).int(), zeros(*cu).int(), zeros(2).int(), 3, 1.0,
+        **options,
+    )  # fmt: skip
+
+
+def decode(
+    q: tuple = (2, 4, 32), kv: tuple = KV, table: tuple = TABLE, lens: tuple = LENS, **options
+) -> Tensor:
+    return kernels.decode_attention(
+        zeros(*q), zeros(*kv), zeros(*table).int(), zeros(*lens).int(), 1.0, **options
+    )
+
+
+def rope(qkv: tuple = (3, 256), positions: int = 3, slots: int = 3, cos_sin: int = 32, **options):
+    return kernels.rope_store(
+        zeros(*qkv), zeros(positions).long(), zeros(8, cos_sin), zeros(slots).long(), zeros(*KV),
+        **options,
+    )  # fmt: skip
+
+
+def sample(**replaced: Tensor) -> Tensor:
+    arguments = dict(
+        logits=zeros(2, 9), temperature=zeros(2), top_k=zeros(2).int(), top_p=zeros(2) + 1,
+        min_p=zeros(2), seeds=zeros(2).long(), steps=zeros(2).int(),
+    )  # fmt: skip
+    return kernels.sample(**(arguments | replaced))
+
+
+x, w, every_other = zeros(3, 8), zeros(8), zeros(3, 16)[:, ::2]
+
+MISTAKES = {
+    "norm weight": (lambda: kernels.rms_norm(x, zeros(7), 0.0), "weight must be [8], got [7]"),
+    "norm x": (lambda: kernels.rms_norm(every_other, w, 0.0), "x must be contiguous in its last"),
+    "norm out": (lambda: kernels.rms_norm(x, w, 0.0, out=zeros(3, 7)), "out must be [3, 8], got"),
+    "add residual": (
+        lambda: kernels.add_rms_norm(x, zeros(2, 8), w, 0.0),
+        "residual must be [3, 8], got [2, 8]",
+    ),
+    "linear weight": (lambda: kernels.linear(x, zeros(4, 7)), "weight must be [4, 8], got [4, 7]"),
+    "linear x": (lambda: kernels.linear(every_other, zeros(4, 8)), "x must be contiguous"),
+    "linear bias": (
+        lambda: kernels.linear(x, zeros(4, 8), zeros(5)),
+        "bias must be [4], got [5]",
+    ),
+    "linear residual": (
+        lambda: kernels.linear(x, zeros(4, 8), residual=zeros(3, 5)),
+        "residual must be [3, 4], got [3, 5]",
+    ),
+    "linear norm_weight": (
+        lambda: kernels.linear(x, zeros(4, 8), norm_weight=zeros(4)),
+        "norm_weight must be [8], got [4]",
+    ),
+    "linear out": (
+        lambda: kernels.linear(x, zeros(4, 8), out=zeros(3, 5)),
+        "out must be [3, 4], got [3, 5]",
+    ),
+    "gate_up weight": (
+        lambda: kernels.gate_up(x, w, 0.0, zeros(5, 8)),
+        "weight must be [2 * I, 8], got [5, 8]",
+    ),
+    "mlp norm_weight": (
+        lambda: kernels.mlp(x, zeros(7), 1e-6, zeros(4, 8), zeros(8, 2)),
+        "norm_weight must be [8], got [7]",
+    ),
+    "mlp down_weight": (
+        lambda: kernels.mlp(x, w, 1e-6, zeros(4, 8), zeros(8, 3)),
+        "weight must be [8, 2], got [8, 3]",
+    ),
+    "rope qkv": (lambda: rope(qkv=(3, 250)), "qkv must be [T, (H + 2 * 2) * 32], got [3, 250]"),
+    "rope positions": (lambda: rope(positions=2), "positions must be [3], got [2]"),
+    "rope slots": (lambda: rope(slots=4), "slot_mapping must be [3], got [4]"),
+    "rope cos_sin": (lambda: rope(cos_sin=16), "cos_sin must be [8, 32], got [8, 16]"),
+    "rope one norm": (lambda: rope(q_norm_weight=zeros(32)), "k_norm_weight"),
+    "rope out": (lambda: rope(out=zeros(3, 4, 16)), "out must be [3, 4, 32], got [3, 4, 16]"),
+    "prefill heads": (lambda: prefill(q=(5, 3, 32)), "q must have a multiple of 2 heads, got 3"),
+    "prefill D": (lambda: prefill(q=(5, 4, 16)), "kv_cache must be [4, 2, 16, 2, 16], got"),
+    "prefill cu_seqlens": (lambda: prefill(cu=(4,)), "cu_seqlens must be [3], got [4]"),
+    "prefill table": (lambda: prefill(table=(3, 3)), "block_table must be [2, 3], got [3, 3]"),
+    "prefill out": (lambda: prefill(out=zeros(4, 4, 32)), "out must be [5, 4, 32], got"),
+    "decode heads": (lambda: decode(q=(2, 3, 32)), "q must have a multiple of 2 heads, got 3"),
+    "decode lens": (lambda: decode(lens=(3,)), "context_lens must be [2], got [3]"),
+    "decode table": (lambda: decode(table=(1, 3)), "block_table must be [2, 3], got [1, 3]"),
+    "decode workspace": (
+        lambda: decode(workspace=kernels.decode_workspace(1, 4, 2, 32, DEVICE)),
+        "workspace must hold 2 requests, got one for 1",
+    ),
+    "copy dst": (
+        lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 5), ints([0]), ints([0])),
+        "dst must be [3, 4], got [3, 5]",
+    ),
+    "copy ids": (
+        lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 4), ints([0]), ints([0, 1])),
+        "dst_ids must be [1], got [2]",
+    ),
+    "copy dtype": (
+        lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 4).half(), ints([0]), ints([0])),
+        "dst must be torch.float32, got torch.float16",
+    ),
+    "sample top_k": (lambda: sample(top_k=zeros(3).int()), "top_k must be [2], got [3]"),
+    "sample logits": (lambda: sample(logits=zeros(2, 9)[:, ::2]), "logits must be contiguous"),
+    "sample out": (lambda: sample(out=zeros(3).long()), "out must be [2], got [3]"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)
