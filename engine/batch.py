@@ -158,7 +158,7 @@ class Launched:
     def __init__(self, requests: Sequence[Request], token_ids: Tensor, logits: Tensor) -> None:
         """token_ids: [B] int64 and logits: [B, V] on the device, row by row the requests'."""
         self.requests = [(request, request.epoch) for request in requests]
-        self.logprobs = _wanted_logprobs(requests, token_ids, logits)
+        self._logprobs = _wanted_logprobs(requests, token_ids, logits)
         self._token_ids = to_host(token_ids)
         self._copied: torch.cuda.Event | None = None
         if token_ids.device.type == "cuda":
@@ -170,6 +170,13 @@ class Launched:
         if self._copied is not None:
             self._copied.synchronize()
         return self._token_ids.tolist()
+
+    def logprobs_of(self, row: int, token_id: int) -> dict[int, float] | None:
+        """{token id: log-probability} where the row's request asked for them; `wait` first."""
+        num_top = self.requests[row][0].params.logprobs
+        if num_top is None or self._logprobs is None:
+            return None
+        return self._logprobs.row(row, token_id, num_top)
 
 
 def _wanted_logprobs(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,15 @@ from models.weights import dummy_weights, load_weights
 
 # told of each new token; returns why the request ends, where its text says so
 OnToken = Callable[[Request, int], FinishReason | None]
+
+
+class Result(NamedTuple):
+    """A token of one request; stale unless the request's epoch is still this one."""
+
+    request: Request
+    epoch: int
+    token_id: int
+    logprobs: dict[int, float] | None
 
 
 class Core:
@@ -110,12 +120,15 @@ class Core:
         """
         ended: list[Request] = []
         with self._on_device():
-            launched = self._launch()
-            if launched:
-                self._launched.append(launched)
+            launched: list[Launched] = []
+            try:
+                self._launch_prefill(launched)
+                self._launch_decode(launched)
+            finally:  # where the second launch fails, the first is under way all the same
+                if launched:
+                    self._launched.append(launched)
             if self._launched and (len(self._launched) > 1 or not launched):
-                for results in self._launched.popleft():
-                    self._take(results, on_token, ended)
+                self._take(_results(self._launched.popleft()), on_token, ended)
         if self.is_idle:
             self.drain()
         return ended
@@ -134,13 +147,10 @@ class Core:
         self._launched.clear()
         assert self.block_manager.is_idle, "KV blocks are held though no request is left"
 
-    def _launch(self) -> list[Launched]:
-        return [*self._launch_prefill(), *self._launch_decode()]
-
-    def _launch_prefill(self) -> list[Launched]:
+    def _launch_prefill(self, launched: list[Launched]) -> None:
         chunks = self.scheduler.schedule_prefill()
         if not chunks:
-            return []
+            return
         now = time.perf_counter()
         for chunk in chunks:
             if chunk.request.first_scheduled_time is None:
@@ -149,34 +159,37 @@ class Core:
         with self._requeued_on_error(requests):
             results, token_ids = self.prefill.launch(chunks, self.block_manager.block_table)
             self.decode.admit([request for request, _ in results.requests], token_ids)
+        launched.append(results)
         self.scheduler.launched(chunks)
         self.stats.prefill_launched(sum(chunk.num_tokens for chunk in chunks))
-        return [results]
 
-    def _launch_decode(self) -> list[Launched]:
+    def _launch_decode(self, launched: list[Launched]) -> None:
         requests = self.scheduler.schedule_decode()
         if not requests:
-            return []
+            return
         with self._requeued_on_error(requests):
-            results = self.decode.launch(requests, self.block_manager.block_table)
+            launched.append(self.decode.launch(requests, self.block_manager.block_table))
         self.stats.decode_launched(len(requests))
-        return [results]
 
-    def _take(self, results: Launched, on_token: OnToken, ended: list[Request]) -> None:
-        token_ids = results.wait()
+    def _take(self, results: list[Result], on_token: OnToken, ended: list[Request]) -> None:
+        """Hand on the tokens of one step. Where that fails, the request at fault ends with "error"
+        and those behind it draw their tokens again."""
         now = time.perf_counter()
-        eos_token_ids = self.model_config.eos_token_ids
-        for row, ((request, epoch), token_id) in enumerate(
-            zip(results.requests, token_ids, strict=True)
-        ):
+        for index, (request, epoch, token_id, logprobs) in enumerate(results):
             if not self.scheduler.record_token(request, token_id, epoch):
                 continue
             if request.first_token_time is None:
                 request.first_token_time = now
-            if request.params.logprobs is not None:
-                num_top = request.params.logprobs
-                request.logprobs.append(results.logprobs.row(row, token_id, num_top))
-            reason = on_token(request, token_id) or request.end_reason(eos_token_ids)
+            if logprobs is not None:
+                request.logprobs.append(logprobs)
+            try:
+                reason = on_token(request, token_id)
+            except BaseException:
+                self.finish(request, "error")
+                unread = [r.request for r in results[index + 1 :] if r.request.epoch == r.epoch]
+                self._requeue(unread)
+                raise
+            reason = reason or request.end_reason(self.model_config.eos_token_ids)
             if reason is not None:
                 self.finish(request, reason)
                 ended.append(request)
@@ -187,9 +200,23 @@ class Core:
         try:
             yield
         except BaseException:
-            for request in reversed(requests):
-                self.scheduler.preempt(request)
+            self._requeue(requests)
             raise
+
+    def _requeue(self, requests: Sequence[Request]) -> None:
+        for request in reversed(list(dict.fromkeys(requests))):
+            self.scheduler.preempt(request)
+
+
+def _results(launched: Sequence[Launched]) -> list[Result]:
+    """Wait for the tokens of one step's launches."""
+    return [
+        Result(request, epoch, token_id, results.logprobs_of(row, token_id))
+        for results in launched
+        for row, ((request, epoch), token_id) in enumerate(
+            zip(results.requests, results.wait(), strict=True)
+        )
+    ]
 
 
 def _ops(kernels: str) -> ModuleType:

@@ -146,9 +146,7 @@ class LLM:
         with self._aborted_on_error([job]):
             is_finished = False
             while not is_finished:
-                with deferred():
-                    outputs = self._advance(job.owner)
-                for output in outputs:
+                for output in self._advance(job.owner):
                     is_finished = output["finished"]
                     if output["new_text"]:
                         yield output["new_text"]
@@ -226,8 +224,10 @@ class LLM:
 
     def _advance(self, owner: object) -> list[Output]:
         """One step; returns what is new for this owner and keeps what is new for others."""
-        for request in self._require_core().step(self._on_token):
-            self._end_text(self._jobs[request.request_id])
+        core = self._require_core()
+        with deferred():
+            for request in core.step(self._on_token):
+                self._end_text(self._jobs[request.request_id])
         touched = self._touched.pop(owner, {})
         for request_id, job in touched.items():
             if job.request.state is RequestState.FINISHED:
@@ -246,7 +246,7 @@ class LLM:
     def _end_text(self, job: _Job) -> None:
         if not job.is_live:
             job.new_token_ids = job.request.generated_token_ids
-            job.new_text = [job.detokenizer.push(token_id) for token_id in job.new_token_ids]
+            job.new_text = [job.detokenizer.push(*job.new_token_ids)]
         job.new_text.append(job.detokenizer.finish())
         self._touch(job)
 

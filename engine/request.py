@@ -10,13 +10,14 @@ from engine.config import INT64_MAX, INT64_MIN, check_bool, check_int, check_num
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # below, logits / temperature may leave the range of fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when it ends."""
 
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0: greedy, as is anything below MIN_TEMPERATURE
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0  # least probability, relative to the likeliest token's
@@ -40,6 +41,8 @@ class SamplingParams:
             check_int("seed", self.seed, INT64_MIN, INT64_MAX)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
 

@@ -17,9 +17,12 @@ def load_tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer  # seconds to import: not for token-id prompts
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+    # it would rewrite text that was shown already: " ," to ","
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
 
 
 def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> list[int]:

@@ -18,18 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # read where @triton.jit decorates
 
-import torch  # noqa: E402  behind the switch that Triton reads
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-import kernels  # noqa: E402
+import kernels
 
 NUM_SMS = 132
 DECODE_BATCHES = (1, 16, 64, 256)
@@ -83,7 +81,8 @@ def launch_rows(m: Model, T: int, dtype: torch.dtype) -> None:
     kernels.rms_norm(x, norm, 1e-6)
     kernels.add_rms_norm(x, new(T, m.hidden), norm, 1e-6)
     heads = m.num_heads + 2 * m.num_kv_heads
-    qkv_weight, o_weight = new(heads * m.head_dim, m.hidden), new(m.hidden, m.num_heads * m.head_dim)
+    qkv_weight = new(heads * m.head_dim, m.hidden)
+    o_weight = new(m.hidden, m.num_heads * m.head_dim)
     down_weight, lm_head = new(m.hidden, m.intermediate), new(m.vocab_size, m.hidden)
     gate_up_weight = new(2 * m.intermediate, m.hidden)
     for num_sms in (None, NUM_SMS):
@@ -138,7 +137,7 @@ LAUNCHES = {"decode": launch_decode, "prefill": launch_prefill, "squeezed": laun
 
 
 def cases() -> list[tuple[str, str, str, int]]:
-    """Model, dtype, phase, rows. fp16 for one model: it differs from bf16 in the fused norm only."""
+    """Model, dtype, phase, rows. fp16 for one model: only its fused norm differs."""
     sizes = [("prefill", PREFILL_TOKENS)] + [("decode", B) for B in DECODE_BATCHES]
     kinds = [(model, "bf16") for model in MODELS] + [("qwen3-0.6b", "fp16")]
     squeezed = [("qwen3-0.6b", "bf16", "squeezed", PREFILL_TOKENS)]
@@ -148,12 +147,13 @@ def cases() -> list[tuple[str, str, str, int]]:
 def compile_case(case: tuple[str, str, str, int]) -> list[dict]:
     """One report per kernel that this case launches."""
     model, dtype, phase, n = case
+    origin = {"model": model, "dtype": dtype, "phase": phase, "rows": n}
     reports = []
 
     def stop_behind_compilation(run: Callable) -> Callable:
         def wrapper(self: JITFunction, *args: object, grid: tuple, warmup: bool, **kwargs: object):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            reports.append(dict(model=model, dtype=dtype, phase=phase, rows=n) | report(kernel))
+            reports.append(origin | report(kernel))
             return kernel
 
         return wrapper

@@ -21,9 +21,9 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 settings.register_profile(
-    "ci", deadline=None, max_examples=15, print_blob=True, suppress_health_check=QUIET
+    "ci", deadline=None, max_examples=30, print_blob=True, suppress_health_check=QUIET
 )
-settings.register_profile("gpu", settings.get_profile("ci"), max_examples=150)
+settings.register_profile("gpu", settings.get_profile("ci"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gpu" if HAS_GPU else "ci"))
 
 

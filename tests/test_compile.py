@@ -15,7 +15,6 @@ import kernels
 SHARED_BYTES = 227 * 1024  # what a block may hold on an H100
 
 
-
 @pytest.fixture(scope="module")
 def lines() -> list[dict]:
     """One process of its own: Triton compiles nothing where it interprets."""

@@ -30,7 +30,7 @@ tiles = st.none() | st.builds(
 )
 long_lens = st.integers(1, 3 * MIN_SPLIT_LEN + 1)  # up to four splits
 many_splits = (MAX_SPLITS - 1) * MIN_SPLIT_LEN
-small = dict(head_dim=16, group=1, num_layers=1)
+small = {"head_dim": 16, "group": 1, "num_layers": 1}
 
 
 def attend(batch: PagedBatch, **options: object) -> Tensor:

@@ -120,10 +120,15 @@ def rope(qkv: tuple = (3, 256), positions: int = 3, slots: int = 3, cos_sin: int
 
 
 def sample(**replaced: Tensor) -> Tensor:
-    arguments = dict(
-        logits=zeros(2, 9), temperature=zeros(2), top_k=zeros(2).int(), top_p=zeros(2) + 1,
-        min_p=zeros(2), seeds=zeros(2).long(), steps=zeros(2).int(),
-    )  # fmt: skip
+    arguments = {
+        "logits": zeros(2, 9),
+        "temperature": zeros(2),
+        "top_k": zeros(2).int(),
+        "top_p": zeros(2) + 1,
+        "min_p": zeros(2),
+        "seeds": zeros(2).long(),
+        "steps": zeros(2).int(),
+    }
     return kernels.sample(**(arguments | replaced))
 
 

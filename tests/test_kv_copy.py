@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import reference
-from tests.strategies import DEVICE, assert_same_bits, dtypes, ints, permutation, randn, seeds
-from tests.strategies import sparse_pool
+from tests.strategies import (
+    DEVICE,
+    assert_same_bits,
+    dtypes,
+    ints,
+    permutation,
+    randn,
+    seeds,
+    sparse_pool,
+)
 
 shapes = st.tuples(
     st.integers(1, 3), st.just(2), st.sampled_from([8, 16]), st.integers(1, 3), st.integers(1, 130)

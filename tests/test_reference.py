@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from kernels import reference
 from tests.strategies import Layout, PagedBatch, ints, layouts, randn, seeds
 
-CLOSE = dict(rtol=1e-4, atol=1e-5)  # fp32 on both sides; only the order of sums differs
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 on both sides; only the order of sums differs
 f32 = torch.float32
 
 
@@ -140,8 +140,8 @@ def test_copy_blocks():
     assert not dst[[0, 2, 3]].any()
 
 
-# What the reference's Philox reaches of Random123's known answers, whose counters are all zeros or
-# all ones: its own has two free words. The rest were made with the published C code's formula below.
+# Random123's known answers need all four words of the counter, the reference sets two: they check
+# the formula here, and the formula checks the reference.
 def philox(counter: list[int], key: list[int]) -> list[int]:
     """Philox4x32-10 in Python's integers, as in the paper."""
     c, k = list(counter), list(key)

@@ -14,10 +14,9 @@ from tests.strategies import (
     assert_same_bits,
     block_sizes,
     dtypes,
-    groups,
     head_dims,
+    heads,
     ints,
-    kv_heads,
     permutation,
     randn,
     row_rms,
@@ -47,10 +46,9 @@ def scattered_slots(stored: list[bool], num_slots: int, seed: int) -> torch.Tens
 @given(
     stored=st.lists(st.sampled_from([True, True, True, False]), max_size=12),
     layout=st.builds(
-        Layout,
+        lambda heads, **shape: Layout(num_kv_heads=heads[0], group=heads[1], **shape),
+        heads,
         context_lens=st.just(()),
-        num_kv_heads=kv_heads,
-        group=groups,
         head_dim=head_dims,
         block_size=block_sizes,
         num_layers=st.integers(1, 3),
@@ -63,7 +61,9 @@ def scattered_slots(stored: list[bool], num_slots: int, seed: int) -> torch.Tens
 @example([], Layout(context_lens=()), True, False, torch.float16, 0)
 @example([False], Layout(context_lens=()), True, False, torch.float16, 0)  # a padding row alone
 @example([True], Layout(context_lens=(), head_dim=96), True, True, torch.float32, 1)  # D masked
-@example([True] * 4, Layout(context_lens=(), num_kv_heads=3, group=3), False, False, torch.float16, 2)
+@example(
+    [True] * 4, Layout(context_lens=(), num_kv_heads=3, group=3), False, False, torch.float16, 2
+)
 def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, seed):
     qkv, positions, cos_sin = rope_inputs(len(stored), layout, dtype, seed)
     q_weight, k_weight = randn(seed + 1, (layout.head_dim,), (layout.head_dim,), dtype=dtype)
@@ -85,9 +85,7 @@ def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, 
             qkv.float(), positions, cos_sin, slots, expected_pool[:, layer], *norms, out=expected
         )
     out = torch.full_like(expected, float("nan"), dtype=dtype) if give_out else None
-    actual = kernels.rope_store(
-        qkv, positions, cos_sin, slots, pool[:, layer], *norms, out=out
-    )
+    actual = kernels.rope_store(qkv, positions, cos_sin, slots, pool[:, layer], *norms, out=out)
     assert out is None or actual is out
     assert_close(actual, expected, scale=row_rms(expected))
     assert_close(pool, expected_pool, scale=row_rms(expected_pool))

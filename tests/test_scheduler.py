@@ -324,6 +324,18 @@ def test_results_of_a_finished_request_are_dropped() -> None:
     engine.manager.assert_idle()
 
 
+def test_stale_chunk_shares_nothing() -> None:
+    engine = Engine(8, 4)
+    request = engine.add([1] * 5, 8)
+    chunks = engine.scheduler.schedule_prefill()
+    assert not chunks[0].is_stale
+    engine.scheduler.preempt(request)
+    assert chunks[0].is_stale
+    engine.scheduler.launched(chunks)
+    assert engine.manager.num_cached_blocks == 0
+    engine.run_to_end()
+
+
 @pytest.mark.parametrize(("num_tokens", "limit"), [(0, 11), (12, 11), (40, 11)])
 def test_prompt_that_can_never_run_is_refused(num_tokens: int, limit: int) -> None:
     engine = Engine(3, 4)
