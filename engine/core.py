@@ -96,7 +96,7 @@ class Core:
             on_release=self.decode.release,
         )
         if use_graphs:
-            self.prefill.warm_up(self.max_model_len)
+            self.prefill.warm_up()
             self.decode.warm_up()
 
     def _on_device(self) -> AbstractContextManager[object]:

@@ -11,8 +11,6 @@ from engine.request import Request, SamplingParams
 from engine.scheduler import PrefillChunk
 from models.decoder import AttentionBatch, Decoder, StageBuffers
 
-WARM_UP_TOKENS = (1, 32, 64, 512, 2048)  # a launch of each tile that kernels choose
-
 
 class PrefillWorker:
     """Launches chunks of prompts over one KV cache; the caller sets device and stream."""
@@ -26,11 +24,14 @@ class PrefillWorker:
         self.buffers = buffers
         self.device = device
 
-    def warm_up(self, max_model_len: int) -> None:
+    def warm_up(self) -> None:
         """Compile the kernels for launches of every size, over tokens that are not stored."""
-        longest = min(len(self.buffers.hidden), max_model_len)
-        for num_tokens in sorted({min(n, longest) for n in WARM_UP_TOKENS} | {longest}):
+        longest = len(self.buffers.hidden)
+        num_tokens = 1
+        while num_tokens < longest:  # tiles change at powers of two
             self._compute(self._padding_batch(num_tokens), self.buffers.first(num_tokens, 1))
+            num_tokens *= 2
+        self._compute(self._padding_batch(longest), self.buffers.first(longest, 1))
 
     def _padding_batch(self, num_tokens: int) -> PrefillBatch:
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)

@@ -4,7 +4,7 @@ from kernels.decode_attention import DecodeWorkspace, decode_attention, decode_w
 from kernels.kv_copy import copy_blocks
 from kernels.linear import linear
 from kernels.mlp import gate_up, mlp
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, rms_norm, row_rstd
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import rope_store
 from kernels.sampling import sample
@@ -23,5 +23,6 @@ __all__ = [
     "prefill_attention",
     "rms_norm",
     "rope_store",
+    "row_rstd",
     "sample",
 ]

@@ -23,8 +23,9 @@ from kernels.tile import (
 )
 
 MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
-MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
-PROGRAMS_PER_SM = 3
+MIN_SPLIT_LEN = 512  # tokens a split holds at least: below, its start costs more than its reads
+PROGRAMS_PER_SM = 6  # of two warps each: many small ones hide each other's start
+MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,8 @@ def _combine_splits(
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
-    stages = 3 if dtype == torch.float32 or head_dim > 128 else 4
-    return Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=head_dim, num_warps=4, num_stages=stages)
+    stages = 2 if dtype == torch.float32 else 4
+    return Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=head_dim, num_warps=2, num_stages=stages)
 
 
 def decode_attention(
@@ -306,7 +307,7 @@ def decode_attention(
         PRECISION=dot_precision(kv_cache.dtype),
         MIN_LEN=MIN_SPLIT_LEN,
         MAX_SPLITS=MAX_SPLITS,
-        BLOCK_B=next_power_of_2(num_requests),
+        BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),

@@ -1,7 +1,8 @@
 """Matrix products against a [N, K] weight: from one decode token to a tall prefill.
 
-One kernel serves `linear` and the gate/up half of the MLP: RMSNorm may be fused into the load of x,
-and bias, residual or SiLU(gate) * up into the store.
+One kernel serves `linear` and the gate/up half of the MLP. RMSNorm costs it no pass of its own: its
+weight is folded into the matrix beforehand, and the scale of a row factors out of its dot products,
+so that the sums over the raw x are scaled at the end. Bias, residual, SiLU(gate) * up follow there.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.norm import rms_norm
+from kernels.norm import row_rstd
 from kernels.tile import (
     Tile,
     cdiv,
@@ -19,22 +20,6 @@ from kernels.tile import (
     require_unit_stride,
 )
 
-# RMSNorm inside the load repeats per column of tiles: worth it while x is small enough for L2
-FUSED_NORM_MAX_TOKENS = 64
-
-NORM_NONE, NORM_FUSED, NORM_FIRST = 0, 1, 2
-
-
-@triton.jit
-def _row_rstd(x_ptrs, K, eps, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """1 / rms of BLOCK_M rows. x_ptrs: [BLOCK_M, BLOCK_K], the first tile along K."""
-    offs_k = tl.arange(0, BLOCK_K)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        x = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=offs_k < K - k, other=0.0)
-        squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-    return tl.rsqrt(squares / K + eps)
-
 
 @triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
@@ -42,7 +27,7 @@ def _matmul_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
-    norm_weight_ptr,
+    rstd_ptr,
     out_ptr,
     M,
     N,
@@ -51,12 +36,12 @@ def _matmul_kernel(
     stride_w_n,
     stride_r_m,
     stride_o_m,
-    eps,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
+    HAS_RSTD: tl.constexpr,
     GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    THIN: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -74,37 +59,31 @@ def _matmul_kernel(
         # rows past the end read the last row again: cheaper than a mask, and never stored
         rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
         rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+        # but where most rows are past the end, all programs would crowd on that one
+        mask_m = (offs_m < M)[:, None]
         x_ptrs = x_ptr + rows_m[:, None] * stride_x_m + offs_k[None, :]
         w_ptrs = weight_ptr + rows_n[:, None] * stride_w_n + offs_k[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if GATED:
             up_ptrs = weight_ptr + (rows_n + N)[:, None] * stride_w_n + offs_k[None, :]
             acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if NORM == 1:
-            squares = tl.zeros([BLOCK_M], tl.float32)
-        if NORM == 2:
-            rstd = _row_rstd(x_ptrs, K, eps, EVEN_K, BLOCK_M, BLOCK_K)
         for k in range(0, K, BLOCK_K):
             mask_k = (offs_k < K - k)[None, :]
-            x = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=mask_k, other=0.0)
+            if THIN:
+                x = tl.load(x_ptrs + k, mask=mask_m & mask_k, other=0.0)
+            elif EVEN_K:
+                x = tl.load(x_ptrs + k)
+            else:
+                x = tl.load(x_ptrs + k, mask=mask_k, other=0.0)
             w = tl.load(w_ptrs + k) if EVEN_K else tl.load(w_ptrs + k, mask=mask_k, other=0.0)
-            if NORM != 0:
-                x32 = x.to(tl.float32)
-                if NORM == 1:
-                    squares += tl.sum(x32 * x32, axis=1)
-                else:
-                    x32 = x32 * rstd[:, None]
-                norm_weight = tl.load(norm_weight_ptr + k + offs_k, mask=offs_k < K - k, other=0.0)
-                x = (x32 * norm_weight.to(tl.float32)[None, :]).to(x.dtype)
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
             if GATED:
                 up = (
                     tl.load(up_ptrs + k) if EVEN_K else tl.load(up_ptrs + k, mask=mask_k, other=0.0)
                 )
                 acc_up = tl.dot(x, tl.trans(up), acc_up, input_precision=PRECISION)
-        if NORM == 1:
-            # the scale of a row factors out of its dot products
-            rstd = tl.rsqrt(squares / K + eps)
+        if HAS_RSTD:
+            rstd = tl.load(rstd_ptr + rows_m)
             acc *= rstd[:, None]
             if GATED:
                 acc_up *= rstd[:, None]
@@ -120,27 +99,46 @@ def _matmul_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def choose_tile(num_tokens: int, width: int, depth: int, dtype: torch.dtype, gated: bool) -> Tile:
-    """A tile for [num_tokens, depth] x [depth, width]: many programs if thin, reuse if tall."""
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages)
+
+
+# largest first; the first that gives every SM of an H100 something to do is taken
+MIDDLE_TILES = (_tile(128, 128, 64, 4, 4), _tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
+MIDDLE_TILES_GATED = (_tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
+ENOUGH_TILES = 96
+HEAD_WIDTH = 65536  # a vocabulary rather than a layer
+
+
+def choose_tile(num_tokens: int, width: int, dtype: torch.dtype, gated: bool) -> Tile:
+    """A tile for [num_tokens, depth] x [depth, width], as found best on an H100."""
     if dtype == torch.float32:
         return Tile(BLOCK_M=16 if num_tokens <= 16 else 64, BLOCK_N=32, BLOCK_K=32)
     if num_tokens <= 16:
-        wide = width >= 16384 and not gated
-        return Tile(BLOCK_M=16, BLOCK_N=32 if wide else 16, BLOCK_K=256, num_stages=4)
-    if num_tokens <= 32:
-        return Tile(BLOCK_M=32, BLOCK_N=32 if width >= 4096 else 16, BLOCK_K=128, num_stages=5)
+        if width >= HEAD_WIDTH:
+            return _tile(16, 64, 128, 4, 5)
+        return _tile(16, 16 if width <= 2048 else 32, 256, 2, 4)
     if num_tokens <= 64:
-        return Tile(BLOCK_M=64, BLOCK_N=32, BLOCK_K=128, num_stages=4)
-    if num_tokens <= 512:
-        wide = cdiv(num_tokens, 128) * cdiv(width, 64 if gated else 128) >= 132
-        if wide:
-            return Tile(BLOCK_M=128, BLOCK_N=64 if gated else 128, BLOCK_K=64, num_stages=4)
-        return Tile(BLOCK_M=64, BLOCK_N=32 if gated or width < 4096 else 64, BLOCK_K=128)
-    if gated:
-        return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    if cdiv(num_tokens, 128) * cdiv(width, 256) >= 132:
-        return Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
-    return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)
+        block_m = 32 if num_tokens <= 32 else 64
+        if width >= HEAD_WIDTH:
+            return _tile(block_m, 64, 128, 4, 4)
+        return _tile(block_m, 16 if width <= 1024 else 32, 128, 4, 4)
+    return _choose_tall_tile(num_tokens, width, gated)
+
+
+def _choose_tall_tile(num_tokens: int, width: int, gated: bool) -> Tile:
+    def num_tiles(tile: Tile) -> int:
+        return cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
+
+    if width >= HEAD_WIDTH:
+        return _tile(128, 256, 64, 8, 4)
+    tall = _tile(128, 128, 64, 8, 3) if gated else _tile(128, 256, 64, 8, 4)
+    if num_tokens > 512 and num_tiles(tall) >= ENOUGH_TILES:
+        return tall
+    for tile in MIDDLE_TILES_GATED if gated else MIDDLE_TILES:
+        if num_tiles(tile) >= ENOUGH_TILES:
+            return tile
+    return _tile(64, 32, 128, 4, 4)
 
 
 def launch_matmul(
@@ -148,8 +146,8 @@ def launch_matmul(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
+    rms_eps: float | None,
+    rstd: Tensor | None,
     out: Tensor,
     *,
     gated: bool,
@@ -160,11 +158,9 @@ def launch_matmul(
     (num_tokens, K), N = x.shape, out.shape[1]
     if num_tokens == 0:
         return
-    tile = choose_tile(num_tokens, N, K, x.dtype, gated) if tile is None else tile
-    norm = NORM_NONE
-    if norm_weight is not None:
-        # in fp16, x * norm_weight could overflow where the normalised product does not
-        norm = NORM_FIRST if x.dtype == torch.float16 else NORM_FUSED
+    tile = choose_tile(num_tokens, N, x.dtype, gated) if tile is None else tile
+    if rms_eps is not None:
+        rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
     num_tiles = cdiv(num_tokens, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     # without a partition the hardware deals tiles out as programs end, which evens out better
     programs = num_tiles if num_sms is None else min(num_tiles, num_sms)
@@ -173,7 +169,7 @@ def launch_matmul(
         weight,
         bias,
         residual,
-        norm_weight,
+        rstd,
         out,
         num_tokens,
         N,
@@ -182,12 +178,12 @@ def launch_matmul(
         weight.stride(0),
         residual.stride(0) if residual is not None else 0,
         out.stride(0),
-        eps,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        NORM=norm,
+        HAS_RSTD=rms_eps is not None,
         GATED=gated,
         EVEN_K=K % tile.BLOCK_K == 0,
+        THIN=tile.BLOCK_M <= 64,
         PRECISION=dot_precision(x.dtype),
         GROUP_M=8,
         BLOCK_M=tile.BLOCK_M,
@@ -198,33 +194,24 @@ def launch_matmul(
     )
 
 
-def normalise_if_tall(
-    x: Tensor, norm_weight: Tensor | None, eps: float, normed: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(x, norm_weight) for the kernel: tall x is normalised here once, into `normed`."""
-    if norm_weight is None or x.shape[0] <= FUSED_NORM_MAX_TOKENS:
-        return x, norm_weight
-    return rms_norm(x, norm_weight, eps, out=normed), None
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    rms_eps: float | None = None,
     *,
-    normed: Tensor | None = None,
+    rstd: Tensor | None = None,
     out: Tensor | None = None,
     tile: Tile | None = None,
     num_sms: int | None = None,
 ) -> Tensor:
-    """norm(x) @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
+    """x @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
 
-    norm_weight: [K] asks for RMSNorm of x with `eps` first, `normed`: [T, K] is its scratch where
-    it is not fused; bias: [N]; residual: [T, N], which may be `out` itself. num_sms caps the grid
-    to a partition. Raises ValueError where a shape or a stride does not fit.
+    rms_eps asks for rows of x scaled to a root mean square of one first: RMSNorm, whose weight is
+    folded into `weight`; rstd: fp32, T or more, is scratch for it. bias: [N]; residual: [T, N],
+    which may be `out` itself. num_sms caps the grid to a partition. Raises ValueError where a shape
+    or a stride does not fit.
     """
     num_tokens, K = x.shape
     N = weight.shape[0]
@@ -232,7 +219,6 @@ def linear(
     for name, tensor, shape in (
         ("bias", bias, (N,)),
         ("residual", residual, (num_tokens, N)),
-        ("norm_weight", norm_weight, (K,)),
     ):
         if tensor is not None:
             require_shape(name, tensor, *shape)
@@ -240,14 +226,13 @@ def linear(
     require_unit_stride("x", x)
     require_unit_stride("weight", weight)
     out = output(out, (num_tokens, N), x)
-    x, norm_weight = normalise_if_tall(x, norm_weight, eps, normed)
     launch_matmul(
         x,
         weight,
         bias,
         residual,
-        norm_weight,
-        eps,
+        rms_eps,
+        rstd,
         out,
         gated=False,
         tile=tile,

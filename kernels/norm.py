@@ -1,5 +1,6 @@
 """RMSNorm of rows, alone and behind a residual add."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,37 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     out = (x * rstd * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_o_t + offs_n, out, mask=mask_n)
+
+
+@triton.jit
+def _row_rstd_kernel(x_ptr, out_ptr, N, stride_x_t, eps, BLOCK_N: tl.constexpr):
+    """One program takes one row."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptr + row * stride_x_t + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.rsqrt(tl.sum(x * x, axis=0) / N + eps))
+
+
+def row_rstd(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """1 / rms of each row: what RMSNorm multiplies it by. x: [T, N] -> [T] fp32.
+
+    Raises ValueError where a shape or a stride does not fit.
+    """
+    num_tokens, N = x.shape
+    require_unit_stride("x", x)
+    if out is None:
+        out = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
+    require_shape("out", out, num_tokens)
+    if num_tokens:
+        block_n = next_power_of_2(N)
+        _row_rstd_kernel[(num_tokens,)](
+            x, out, N, x.stride(0), eps, BLOCK_N=block_n, num_warps=_num_warps(block_n)
+        )
+    return out
+
+
+def _num_warps(block_n: int) -> int:
+    return min(max(block_n // 256, 1), 16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
@@ -78,6 +110,6 @@ def _launch(
         eps,
         HAS_RESIDUAL=residual is not None,
         BLOCK_N=block_n,
-        num_warps=min(max(block_n // 256, 1), 16),
+        num_warps=_num_warps(block_n),
     )
     return out

@@ -26,62 +26,66 @@ def add_rms_norm(
     return _store(_rms_norm32(summed, weight, eps), x.dtype, out)
 
 
+def row_rstd(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """1 / rms of each row: what RMSNorm multiplies it by. x: [T, N] -> [T] fp32."""
+    return _store((x.float().square().mean(-1) + eps).rsqrt(), torch.float32, out)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    rms_eps: float | None = None,
     *,
-    normed: Tensor | None = None,
+    rstd: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """norm(x) @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
+    """x @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
 
-    norm_weight: [K] asks for RMSNorm of x with `eps` first; bias: [N]; residual: [T, N], which
-    may be `out` itself; normed is the launcher's scratch and not needed here.
+    rms_eps asks for rows of x scaled to a root mean square of one first: RMSNorm, whose weight is
+    folded into `weight`; bias: [N]; residual: [T, N], which may be `out` itself; rstd is scratch of
+    the launcher and not needed here.
     """
-    x32 = x.float() if norm_weight is None else _rms_norm32(x, norm_weight, eps)
+    x32 = x.float() if rms_eps is None else x.float() * row_rstd(x, rms_eps)[:, None]
     y = torch.nn.functional.linear(x32, weight.float(), None if bias is None else bias.float())
     return _store(y if residual is None else y + residual.float(), x.dtype, out)
 
 
 def gate_up(
     x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
     weight: Tensor,
+    rms_eps: float | None = None,
     *,
-    normed: Tensor | None = None,
+    rstd: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """silu(gate) * up of the normalised x. x: [T, N], weight: [2 * I, N], gate first -> [T, I].
 
-    normed is the launcher's scratch and not needed here.
+    rms_eps is as in `linear`; rstd is scratch of the launcher and not needed here.
     """
-    y = _rms_norm32(x, norm_weight, eps) @ weight.float().T
-    gate, up = y.chunk(2, dim=-1)
+    x32 = x.float() if rms_eps is None else x.float() * row_rstd(x, rms_eps)[:, None]
+    gate, up = torch.nn.functional.linear(x32, weight.float()).chunk(2, dim=-1)
     return _store(torch.nn.functional.silu(gate) * up, x.dtype, out)
 
 
 def mlp(
     x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
     gate_up_weight: Tensor,
     down_weight: Tensor,
+    rms_eps: float | None = None,
     *,
-    normed: Tensor | None = None,
+    rstd: Tensor | None = None,
     act: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x + down(silu(gate(norm(x))) * up(norm(x))). x: [T, N], gate_up_weight: [2 * I, N],
     down_weight: [N, I] -> [T, N].
 
-    act: [T, I] takes the intermediate; out may be x itself; normed is not needed here.
+    rms_eps is as in `linear`; act: [T, I] takes the intermediate; out may be x itself; rstd is not
+    needed here.
     """
-    act = gate_up(x, norm_weight, eps, gate_up_weight, out=act)
+    act = gate_up(x, gate_up_weight, rms_eps, out=act)
     return linear(act, down_weight, residual=x, out=out)
 
 

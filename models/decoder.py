@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig, rope_table
-from models.weights import DecoderWeights
+from models.weights import DecoderWeights, fold_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class StageBuffers:
     """What the stages of one micro-batch read and write; nothing is allocated while they run."""
 
     hidden: Tensor  # [T, N], the residual stream
-    normed: Tensor  # [T, N]
+    rstd: Tensor  # [T] fp32, scratch of the fused norms
+    normed: Tensor  # [B, N], what the LM head reads
     qkv: Tensor  # [T, (H + 2 * H_KV) * D]
     q: Tensor  # [T, H, D]
     attention: Tensor  # [T, H, D]
@@ -47,7 +48,7 @@ class StageBuffers:
     def first(self, num_tokens: int, num_rows: int) -> "StageBuffers":
         """The same buffers, cut to the launch's tokens and sampled rows."""
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("hidden", "normed", "qkv", "q", "attention", "act"):
+        for name in ("hidden", "rstd", "qkv", "q", "attention", "act"):
             cut[name] = cut[name][:num_tokens]
         return StageBuffers(**cut | {"logits": self.logits[:num_rows]})
 
@@ -58,9 +59,13 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, max_len: int, ops: ModuleType
     ) -> None:
-        """max_len: positions to prepare RoPE for; ops: `kernels` or `kernels.reference`."""
+        """max_len: positions to prepare RoPE for; ops: `kernels` or `kernels.reference`.
+
+        The layers' norm weights are folded, in place, into the matrices behind them.
+        """
         self.config = config
         self.weights = weights
+        fold_norms(weights)
         self.ops = ops
         self.scale = 1.0 / math.sqrt(config.head_dim)
         self.cos_sin = rope_table(config, max_len, weights.embedding.device)
@@ -79,7 +84,8 @@ class Decoder:
             )
         return StageBuffers(
             hidden=empty(max_tokens, c.hidden_size),
-            normed=empty(max(max_tokens, max_rows), c.hidden_size),
+            rstd=torch.empty(max_tokens, dtype=torch.float32, device=embedding.device),
+            normed=empty(max_rows, c.hidden_size),
             qkv=empty(max_tokens, c.qkv_size),
             q=empty(max_tokens, c.num_heads, c.head_dim),
             attention=empty(max_tokens, c.num_heads, c.head_dim),
@@ -102,9 +108,8 @@ class Decoder:
             buffers.hidden,
             w.qkv,
             w.qkv_bias,
-            norm_weight=w.input_norm,
-            eps=eps,
-            normed=buffers.normed,
+            rms_eps=eps,
+            rstd=buffers.rstd,
             out=buffers.qkv,
         )
         self.ops.rope_store(
@@ -150,11 +155,10 @@ class Decoder:
         self.ops.linear(attention, w.o, w.o_bias, buffers.hidden, out=buffers.hidden)
         self.ops.mlp(
             buffers.hidden,
-            w.post_norm,
-            self.config.rms_norm_eps,
             w.gate_up,
             w.down,
-            normed=buffers.normed,
+            self.config.rms_norm_eps,
+            rstd=buffers.rstd,
             act=buffers.act,
             out=buffers.hidden,
         )
@@ -169,11 +173,11 @@ class Decoder:
 
     def lm_head(self, hidden: Tensor, buffers: StageBuffers) -> Tensor:
         """Final norm and vocabulary projection. hidden: [B, N] -> buffers.logits [B, V]."""
-        return self.ops.linear(
+        # the head may be the embedding itself, so that this norm's weight cannot be folded into it
+        normed = self.ops.rms_norm(
             hidden,
-            self.weights.lm_head,
-            norm_weight=self.weights.final_norm,
-            eps=self.config.rms_norm_eps,
-            normed=buffers.normed[: len(hidden)],
-            out=buffers.logits,
+            self.weights.final_norm,
+            self.config.rms_norm_eps,
+            out=buffers.normed[: len(hidden)],
         )
+        return self.ops.linear(normed, self.weights.lm_head, out=buffers.logits)

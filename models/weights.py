@@ -79,6 +79,18 @@ def dummy_weights(
     return weights
 
 
+def fold_norms(weights: DecoderWeights) -> None:
+    """Multiply each layer's norm weights into the matrices that read the normalised rows.
+
+    In place; the norm weights are ones afterwards, so the model is the same and a second call
+    changes nothing. The final norm stays: a tied LM head is the embedding too.
+    """
+    for layer in weights.layers:
+        for norm, matrix in ((layer.input_norm, layer.qkv), (layer.post_norm, layer.gate_up)):
+            matrix.mul_(norm)
+            norm.fill_(1)
+
+
 def check_tensors(config: ModelConfig, folder: str | Path) -> list[Path]:
     """The files to read, once every name and shape in their headers is as the config wants it."""
     files = safetensors_files(Path(folder))

@@ -86,10 +86,10 @@ def launch_rows(m: Model, T: int, dtype: torch.dtype) -> None:
     down_weight, lm_head = new(m.hidden, m.intermediate), new(m.vocab_size, m.hidden)
     gate_up_weight = new(2 * m.intermediate, m.hidden)
     for num_sms in (None, NUM_SMS):
-        kernels.linear(x, qkv_weight, norm_weight=norm, eps=1e-6, num_sms=num_sms)
+        kernels.linear(x, qkv_weight, rms_eps=1e-6, num_sms=num_sms)
         kernels.linear(new(T, o_weight.shape[1]), o_weight, residual=x, out=x, num_sms=num_sms)
-        kernels.mlp(x, norm, 1e-6, gate_up_weight, down_weight, out=x, num_sms=num_sms)
-    kernels.linear(x, qkv_weight, new(len(qkv_weight)), norm_weight=norm, eps=1e-6)
+        kernels.mlp(x, gate_up_weight, down_weight, 1e-6, out=x, num_sms=num_sms)
+    kernels.linear(x, qkv_weight, new(len(qkv_weight)), rms_eps=1e-6)
     kernels.linear(x, lm_head)
     for norms in ((), (new(m.head_dim), new(m.head_dim), 1e-6)):
         kernels.rope_store(

@@ -346,7 +346,7 @@ def smollm2():
 def test_the_real_smollm2_fits_its_config(smollm2):
     config = ModelConfig.from_folder(smollm2)
     assert check_tensors(config, smollm2) == [smollm2 / "model.safetensors"]
-    assert (config.architecture, config.dtype) == ("LlamaForCausalLM", "float16")
+    assert (config.architecture, config.dtype) == ("LlamaForCausalLM", "bfloat16")
     assert (config.num_layers, config.hidden_size, config.head_dim) == (30, 576, 64)
     assert (config.num_heads, config.num_kv_heads) == (9, 3)
     assert (config.rope_theta, config.rope_scaling) == (100_000, None)

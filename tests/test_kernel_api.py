@@ -20,13 +20,14 @@ OPS = [
     "gate_up",
     "mlp",
     "rope_store",
+    "row_rstd",
     "prefill_attention",
     "decode_attention",
     "copy_blocks",
     "sample",
     "decode_workspace",
 ]
-LAUNCH_ONLY = {"out", "tile", "num_sms", "workspace", "normed"}
+LAUNCH_ONLY = {"out", "tile", "num_sms", "workspace"}
 
 
 def parameters(function: Callable) -> list[inspect.Parameter]:
@@ -152,24 +153,22 @@ MISTAKES = {
         lambda: kernels.linear(x, zeros(4, 8), residual=zeros(3, 5)),
         "residual must be [3, 4], got [3, 5]",
     ),
-    "linear norm_weight": (
-        lambda: kernels.linear(x, zeros(4, 8), norm_weight=zeros(4)),
-        "norm_weight must be [8], got [4]",
-    ),
+    "row_rstd x": (lambda: kernels.row_rstd(every_other, 0.0), "x must be contiguous in its last"),
+    "row_rstd out": (lambda: kernels.row_rstd(x, 0.0, out=zeros(4)), "out must be [3], got [4]"),
     "linear out": (
         lambda: kernels.linear(x, zeros(4, 8), out=zeros(3, 5)),
         "out must be [3, 4], got [3, 5]",
     ),
     "gate_up weight": (
-        lambda: kernels.gate_up(x, w, 0.0, zeros(5, 8)),
+        lambda: kernels.gate_up(x, zeros(5, 8)),
         "weight must be [2 * I, 8], got [5, 8]",
     ),
-    "mlp norm_weight": (
-        lambda: kernels.mlp(x, zeros(7), 1e-6, zeros(4, 8), zeros(8, 2)),
-        "norm_weight must be [8], got [7]",
+    "mlp gate_up_weight": (
+        lambda: kernels.mlp(x, zeros(4, 7), zeros(8, 2), 1e-6),
+        "weight must be [2 * I, 8], got [4, 7]",
     ),
     "mlp down_weight": (
-        lambda: kernels.mlp(x, w, 1e-6, zeros(4, 8), zeros(8, 3)),
+        lambda: kernels.mlp(x, zeros(4, 8), zeros(8, 3), 1e-6),
         "weight must be [8, 2], got [8, 3]",
     ),
     "rope qkv": (lambda: rope(qkv=(3, 250)), "qkv must be [T, (H + 2 * 2) * 32], got [3, 250]"),

@@ -26,38 +26,38 @@ def dot_scale(x: Tensor, weight: Tensor) -> Tensor:
     return (x.float().square() @ weight.float().square().T).sqrt()
 
 
+def normed(x: Tensor) -> Tensor:
+    """Rows of x at a root mean square of one, in fp32."""
+    return x.float() * reference.row_rstd(x, EPS)[:, None]
+
+
 @given(
     T=tokens,
     N=st.integers(1, 150),
     K=st.integers(1, 300),
-    extras=st.sets(st.sampled_from(["bias", "residual", "norm_weight", "out", "strided"])),
+    extras=st.sets(st.sampled_from(["bias", "residual", "norm", "out", "strided"])),
     tile=tiles,
     num_sms=st.sampled_from([None, 1, 3]),
     dtype=dtypes,
     seed=seeds,
 )
 @example(0, 16, 16, set(), None, None, torch.float16, 0)
-@example(1, 1, 1, {"bias", "norm_weight"}, None, None, torch.float16, 0)
-@example(16, 32, 256, {"norm_weight"}, None, None, torch.float16, 0)  # no masked lane
-@example(17, 33, 257, {"norm_weight", "residual"}, None, None, torch.float16, 0)  # one lane over
-@example(64, 48, 96, {"norm_weight"}, None, 3, torch.float32, 0)  # the last T with a fused norm
-@example(65, 48, 96, {"norm_weight", "out"}, None, 3, torch.float16, 0)  # the first without
+@example(1, 1, 1, {"bias", "norm"}, None, None, torch.float16, 0)
+@example(16, 32, 256, {"norm"}, None, None, torch.float16, 0)  # no masked lane
+@example(17, 33, 257, {"norm", "residual"}, None, None, torch.float16, 0)  # one lane over
+@example(64, 48, 96, {"norm"}, None, 3, torch.float32, 0)  # a full tile of rows
+@example(65, 48, 96, {"norm", "out"}, None, 3, torch.float16, 0)  # one row over
 def test_linear_matches_reference(T, N, K, extras, tile, num_sms, dtype, seed):
-    x, weight, bias, residual, norm_weight = randn(
-        seed, (T, K), (N, K), (N,), (T, N), (K,), dtype=dtype
-    )
+    x, weight, bias, residual = randn(seed, (T, K), (N, K), (N,), (T, N), dtype=dtype)
     x = strided(x) if "strided" in extras else x
     bias = bias if "bias" in extras else None
     residual = residual if "residual" in extras else None
-    norm_weight = norm_weight if "norm_weight" in extras else None
-    expected = reference.linear(x.float(), weight, bias, residual, norm_weight, EPS)
+    rms_eps = EPS if "norm" in extras else None
+    expected = reference.linear(x.float(), weight, bias, residual, rms_eps)
     out = strided(torch.zeros_like(expected, dtype=dtype)) if "out" in extras else None
-    actual = kernels.linear(
-        x, weight, bias, residual, norm_weight, EPS, out=out, tile=tile, num_sms=num_sms
-    )
+    actual = kernels.linear(x, weight, bias, residual, rms_eps, out=out, tile=tile, num_sms=num_sms)
     assert out is None or actual is out
-    normed = x if norm_weight is None else reference.rms_norm(x.float(), norm_weight, EPS)
-    assert_close(actual, expected, scale=dot_scale(normed, weight))
+    assert_close(actual, expected, scale=dot_scale(normed(x) if rms_eps else x, weight))
 
 
 @given(T=tokens, N=st.integers(1, 80), K=st.integers(1, 80), dtype=dtypes, seed=seeds)
@@ -69,21 +69,30 @@ def test_linear_adds_in_place_to_its_residual(T, N, K, dtype, seed):
 
 @given(T=tokens, N=st.integers(1, 150), K=st.integers(1, 100), dtype=dtypes, seed=seeds)
 def test_linear_gives_the_same_bits_on_every_partition(T, N, K, dtype, seed):
-    x, weight, norm_weight = randn(seed, (T, K), (N, K), (K,), dtype=dtype)
-    whole = kernels.linear(x, weight, norm_weight=norm_weight, eps=EPS)
+    x, weight = randn(seed, (T, K), (N, K), dtype=dtype)
+    whole = kernels.linear(x, weight, rms_eps=EPS)
     for num_sms in (1, 3):
-        part = kernels.linear(x, weight, norm_weight=norm_weight, eps=EPS, num_sms=num_sms)
+        part = kernels.linear(x, weight, rms_eps=EPS, num_sms=num_sms)
         assert_same_bits(part, whole)
 
 
 def test_norm_of_large_fp16_does_not_overflow():
-    """x * norm_weight leaves the range of fp16, the normalised product does not."""
-    x, weight, norm_weight = randn(0, (2, 64), (32, 64), (64,), dtype=torch.float16)
-    x, norm_weight = x * 1e4, norm_weight * 50
-    expected = reference.linear(x.float(), weight, norm_weight=norm_weight, eps=EPS)
-    actual = kernels.linear(x, weight, norm_weight=norm_weight, eps=EPS)
-    scale = dot_scale(reference.rms_norm(x.float(), norm_weight, EPS), weight)
-    assert_close(actual, expected, scale=scale)
+    """The product with the raw x leaves the range of fp16, that with the normalised x does not."""
+    x, weight = randn(0, (2, 64), (32, 64), dtype=torch.float16)
+    x, weight = x * 1e4, weight * 50
+    expected = reference.linear(x.float(), weight, rms_eps=EPS)
+    actual = kernels.linear(x, weight, rms_eps=EPS)
+    assert_close(actual, expected, scale=dot_scale(normed(x), weight))
+
+
+@given(T=st.integers(0, 20), N=st.integers(1, 80), K=st.integers(1, 80), dtype=dtypes, seed=seeds)
+def test_norm_works_in_given_scratch(T, N, K, dtype, seed):
+    x, weight = randn(seed, (T, K), (N, K), dtype=dtype)
+    rstd = torch.full((T + 3,), float("nan"), dtype=torch.float32, device=x.device)
+    actual = kernels.linear(x, weight, rms_eps=EPS, rstd=rstd)
+    assert_same_bits(actual, kernels.linear(x, weight, rms_eps=EPS))
+    assert_same_bits(rstd[:T], kernels.row_rstd(x, EPS))
+    assert rstd[T:].isnan().all()
 
 
 @pytest.mark.gpu
@@ -91,10 +100,7 @@ def test_norm_of_large_fp16_does_not_overflow():
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 65, 256, 1000, 2048])
 @pytest.mark.parametrize("N, K", [(4096, 1024), (1024, 2048), (6144, 4096), (4096, 12288)])
 def test_linear_at_model_shapes(num_tokens, N, K, dtype):
-    x, weight, norm_weight, residual = randn(
-        0, (num_tokens, K), (N, K), (K,), (num_tokens, N), dtype=dtype
-    )
-    expected = reference.linear(x.float(), weight, None, residual, norm_weight, EPS)
-    actual = kernels.linear(x, weight, None, residual, norm_weight, EPS)
-    scale = dot_scale(reference.rms_norm(x.float(), norm_weight, EPS), weight)
-    assert_close(actual, expected, scale=scale)
+    x, weight, residual = randn(0, (num_tokens, K), (N, K), (num_tokens, N), dtype=dtype)
+    expected = reference.linear(x.float(), weight, None, residual, EPS)
+    actual = kernels.linear(x, weight, None, residual, EPS)
+    assert_close(actual, expected, scale=dot_scale(normed(x), weight))

@@ -10,16 +10,15 @@ from torch.nn.functional import silu
 import kernels
 from kernels import reference
 from tests.strategies import DEVICE, assert_close, assert_same_bits, dtypes, randn, seeds, strided
-from tests.test_linear import dot_scale, tiles, tokens
+from tests.test_linear import dot_scale, normed, tiles, tokens
 
 EPS = 1e-6
 
 
-def gate_up_scale(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
+def gate_up_scale(x: Tensor, weight: Tensor) -> Tensor:
     """How far silu(gate) * up moves with one rounding of each term of gate and up."""
-    normed = reference.rms_norm(x.float(), norm_weight, EPS)
-    gate, up = (normed @ weight.float().T).chunk(2, dim=-1)
-    gate_scale, up_scale = dot_scale(normed, weight).chunk(2, dim=-1)
+    gate, up = (normed(x) @ weight.float().T).chunk(2, dim=-1)
+    gate_scale, up_scale = dot_scale(normed(x), weight).chunk(2, dim=-1)
     steepest = 1.1  # of silu
     return steepest * gate_scale * up.abs() + up_scale * silu(gate).abs()
 
@@ -37,15 +36,15 @@ def gate_up_scale(x: Tensor, norm_weight: Tensor, weight: Tensor) -> Tensor:
 @example(0, 16, 16, False, None, None, torch.float16, 0)
 @example(1, 1, 1, False, None, None, torch.float32, 0)
 @example(16, 256, 32, False, None, None, torch.float16, 0)  # no masked lane
-@example(65, 64, 33, True, None, 3, torch.float16, 0)  # the first T whose norm is not fused
+@example(65, 64, 33, True, None, 3, torch.float16, 0)  # one row over a tile
 def test_gate_up_matches_reference(T, N, intermediate, spread, tile, num_sms, dtype, seed):
-    x, norm_weight, weight = randn(seed, (T, N), (N,), (2 * intermediate, N), dtype=dtype)
+    x, weight = randn(seed, (T, N), (2 * intermediate, N), dtype=dtype)
     x, weight = strided(x) if spread else x, weight * N**-0.5
-    expected = reference.gate_up(x.float(), norm_weight, EPS, weight)
+    expected = reference.gate_up(x.float(), weight, EPS)
     out = strided(torch.zeros_like(expected, dtype=dtype)) if spread else None
-    actual = kernels.gate_up(x, norm_weight, EPS, weight, out=out, tile=tile, num_sms=num_sms)
+    actual = kernels.gate_up(x, weight, EPS, out=out, tile=tile, num_sms=num_sms)
     assert out is None or actual is out
-    assert_close(actual, expected, scale=gate_up_scale(x, norm_weight, weight))
+    assert_close(actual, expected, scale=gate_up_scale(x, weight))
 
 
 @given(
@@ -60,14 +59,14 @@ def test_gate_up_matches_reference(T, N, intermediate, spread, tile, num_sms, dt
 @example(0, 16, 16, {"act"}, None, torch.float16, 0)
 @example(65, 32, 32, {"act", "in place"}, 3, torch.float16, 0)
 def test_mlp_matches_reference(T, N, intermediate, buffers, num_sms, dtype, seed):
-    x, norm_weight, gate_up_weight, down_weight = randn(
-        seed, (T, N), (N,), (2 * intermediate, N), (N, intermediate), dtype=dtype
+    x, gate_up_weight, down_weight = randn(
+        seed, (T, N), (2 * intermediate, N), (N, intermediate), dtype=dtype
     )
     gate_up_weight = gate_up_weight * N**-0.5
-    weights = (norm_weight, EPS, gate_up_weight, down_weight)
+    weights = (gate_up_weight, down_weight, EPS)
     expected = reference.mlp(x.float(), *weights)
-    act = reference.gate_up(x.float(), norm_weight, EPS, gate_up_weight)
-    act_scale = torch.maximum(gate_up_scale(x, norm_weight, gate_up_weight), act.abs())
+    act = reference.gate_up(x.float(), gate_up_weight, EPS)
+    act_scale = torch.maximum(gate_up_scale(x, gate_up_weight), act.abs())
     scale = dot_scale(act_scale, down_weight)
     scratch = torch.full_like(act, float("nan"), dtype=dtype) if "act" in buffers else None
     out = x if "in place" in buffers else None
@@ -78,16 +77,16 @@ def test_mlp_matches_reference(T, N, intermediate, buffers, num_sms, dtype, seed
 
 @given(T=tokens, N=st.integers(1, 100), dtype=dtypes, seed=seeds)
 def test_gate_up_gives_the_same_bits_on_every_partition(T, N, dtype, seed):
-    x, norm_weight, weight = randn(seed, (T, N), (N,), (160, N), dtype=dtype)
-    whole = kernels.gate_up(x, norm_weight, EPS, weight)
-    assert_same_bits(kernels.gate_up(x, norm_weight, EPS, weight, num_sms=3), whole)
+    x, weight = randn(seed, (T, N), (160, N), dtype=dtype)
+    whole = kernels.gate_up(x, weight, EPS)
+    assert_same_bits(kernels.gate_up(x, weight, EPS, num_sms=3), whole)
 
 
 def test_silu_of_large_gates_saturates():
     """exp(-gate) overflows to inf, or falls to 0: silu is then 0, or the gate itself."""
     x = torch.tensor([[1.0, -1.0]], device=DEVICE)
     weight = torch.tensor([[-200.0, 0], [200.0, 0], [1.0, 0], [1.0, 0]], device=DEVICE)
-    actual = kernels.gate_up(x, torch.ones(2, device=DEVICE), 0.0, weight)
+    actual = kernels.gate_up(x, weight)
     assert actual.tolist() == [[0.0, 200.0]]
 
 
@@ -96,8 +95,8 @@ def test_silu_of_large_gates_saturates():
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 65, 256, 1000, 2048])
 @pytest.mark.parametrize("N, intermediate", [(1024, 3072), (4096, 12288)])
 def test_gate_up_at_model_shapes(num_tokens, N, intermediate, dtype):
-    x, norm_weight, weight = randn(0, (num_tokens, N), (N,), (2 * intermediate, N), dtype=dtype)
+    x, weight = randn(0, (num_tokens, N), (2 * intermediate, N), dtype=dtype)
     weight = weight * N**-0.5
-    expected = reference.gate_up(x.float(), norm_weight, EPS, weight)
-    actual = kernels.gate_up(x, norm_weight, EPS, weight)
-    assert_close(actual, expected, scale=gate_up_scale(x, norm_weight, weight))
+    expected = reference.gate_up(x.float(), weight, EPS)
+    actual = kernels.gate_up(x, weight, EPS)
+    assert_close(actual, expected, scale=gate_up_scale(x, weight))

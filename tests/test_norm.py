@@ -43,6 +43,16 @@ def test_add_rms_norm_matches_reference(T, N, gain, dtype, spread, seed):
     assert_same_bits(x, before)
 
 
+@given(T=tokens, N=widths, gain=gains, dtype=dtypes, spread=st.booleans(), seed=seeds)
+@example(T=0, N=64, gain=1.0, dtype=torch.float32, spread=False, seed=0)
+def test_row_rstd_matches_reference(T, N, gain, dtype, spread, seed):
+    (x,) = randn(seed, (T, N), dtype=dtype)
+    x = strided(x * gain) if spread else x * gain
+    torch.testing.assert_close(
+        kernels.row_rstd(x, EPS), reference.row_rstd(x.double(), EPS), rtol=1e-5, atol=0
+    )
+
+
 @given(N=widths, dtype=dtypes, seed=seeds)
 def test_norm_may_write_over_its_input(N, dtype, seed):
     x, weight = randn(seed, (3, N), (N,), dtype=dtype)
