@@ -59,11 +59,15 @@ class Core:
         self.dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
         ops = _ops(config.resolve_kernels(str(device)))
         options = {"device": device, "dtype": self.dtype}
+        model_len = _model_len(config, model_config)
+        if config.num_kv_blocks is not None and config.num_kv_blocks * config.block_size < 2:
+            raise ValueError(
+                f"num_kv_blocks must hold 2 tokens or more, got {config.num_kv_blocks}"
+            )
         if config.load_format == "dummy":
             weights = dummy_weights(model_config, **options, seed=config.seed)
         else:
             weights = load_weights(model_config, folder, **options, progress=True)
-        model_len = _model_len(config, model_config)
         decoder = Decoder(model_config, weights, model_len, ops)
         sizes = {
             "max_num_seqs": config.max_num_seqs,

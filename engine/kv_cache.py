@@ -49,6 +49,7 @@ def num_blocks_that_fit(
     device = torch.device(device)
     room = CPU_CACHE_BYTES
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier engine left there is free, but looks taken
         free, total = torch.cuda.mem_get_info(device)
         room = int(total * gpu_memory_utilization) - (total - free) - GRAPH_RESERVE_BYTES
     if room < size:

@@ -130,8 +130,9 @@ class LLM:
                 self._start(job)
             while len(outputs) < len(jobs):
                 for output in self._advance(owner):
-                    outputs[output["request_id"]] = output
-                    bar.update()
+                    if output["finished"]:  # one with stop strings has news before
+                        outputs[output["request_id"]] = output
+                        bar.update()
                 interrupt.raise_if_pressed()
         return [outputs[job.request.request_id] for job in jobs]
 
@@ -139,11 +140,11 @@ class LLM:
         """Yield the text of one prompt piece by piece. Closing the iterator aborts the request."""
         owner = object()
         job = self._job(prompt, params or SamplingParams(), owner, is_live=True)
-        self._start(job)
         return self._pieces(job)
 
     def _pieces(self, job: _Job) -> Iterator[str]:
         with self._aborted_on_error([job]):
+            self._start(job)
             is_finished = False
             while not is_finished:
                 for output in self._advance(job.owner):
@@ -238,9 +239,9 @@ class LLM:
         job = self._jobs[request.request_id]
         if not job.is_live:
             return None
+        self._touch(job)  # first: should the detokenizer fail, its owner must hear of the end
         job.new_token_ids.append(token_id)
         job.new_text.append(job.detokenizer.push(token_id))
-        self._touch(job)
         return "stop" if job.detokenizer.stopped is not None else None
 
     def _end_text(self, job: _Job) -> None:
@@ -259,7 +260,7 @@ class LLM:
         try:
             yield
         except BaseException:
-            for job in jobs:
+            for job in jobs if self._core is not None else ():
                 self.abort(job.request.request_id)
                 self._jobs.pop(job.request.request_id, None)
             self._touched.pop(jobs[0].owner if jobs else None, None)
@@ -274,6 +275,8 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
         and not isinstance(prompts[0], str | Sequence)
     ):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be text, token ids or a list of them, got {prompts!r}")
     return list(prompts)
 
 

@@ -37,7 +37,7 @@ def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> list[i
                 "prompt must be token ids, for the checkpoint has no tokenizer files, "
                 f"got {prompt!r:.80}"
             )
-        token_ids = tokenizer.encode(prompt)
+        token_ids = [_token_id(i, vocab_size) for i in tokenizer.encode(prompt)]
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
         token_ids = [_token_id(token_id, vocab_size) for token_id in prompt]
     else:

@@ -1,7 +1,8 @@
-"""Paged attention of one new token per request, split over the context, combined by the last split.
+"""Paged attention of one new token per request, split over the context, all in one launch.
 
-Flash-decoding (Dao et al., 2023) with a split that depends on a request's own length alone, so that
-its output does not depend, to the bit, on its neighbours in the batch.
+Flash-decoding (Dao et al., 2023). A context is cut into splits by its own length alone, and splits
+are folded in order, always by the same arithmetic; the batch decides only how many of them one
+program works off in a run. So a request's output does not depend, to the bit, on its neighbours.
 """
 
 import math
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import (
     Tile,
     device_sms,
@@ -23,7 +25,9 @@ from kernels.tile import (
 )
 
 MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
-MIN_SPLIT_LEN = 512  # tokens a split holds at least: below, its start costs more than its reads
+MIN_SPLIT_LEN = 128  # tokens a split holds at least: below, its start costs more than its reads
+RUNS_PER_PROGRAM = 2  # runs dealt to each program, where there are splits enough to choose
+FOLD_AHEAD = 4  # partial results that are loaded together when splits are joined
 PROGRAMS_PER_SM = 6  # of two warps each: many small ones hide each other's start
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 
@@ -133,108 +137,119 @@ def _decode_attention_kernel(
     PRECISION: tl.constexpr,
     MIN_LEN: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    RUNS_PER_PROGRAM: tl.constexpr,
+    FOLD_AHEAD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program works off (request, split, kv head) items, num_programs apart."""
+    """One program works off items (run of splits of a request, kv head), num_programs apart."""
+    wait_for_inputs(PDL)
     H: tl.constexpr = H_KV * GROUP
     offs_b = tl.arange(0, BLOCK_B)
     lens = tl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
     splits, _ = _cut(lens, MIN_LEN, MAX_SPLITS, BLOCK_N)
     splits = tl.where(offs_b < B, splits, 0)
-    ends = tl.cumsum(splits, axis=0)  # [BLOCK_B], items of the requests up to each, per kv head
-    num_items = tl.sum(splits, axis=0) * H_KV
+    # whole contexts in one run where there are many of them, single splits where there are few
+    num_splits_in_all = tl.sum(splits, axis=0) * H_KV
+    run_len = num_splits_in_all // (tl.num_programs(0) * RUNS_PER_PROGRAM)
+    run_len = tl.minimum(tl.maximum(run_len, 1), MAX_SPLITS)
+    runs = tl.cdiv(splits, run_len)
+    ends = tl.cumsum(runs, axis=0)  # [BLOCK_B], runs of the requests up to each, per kv head
+    num_items = tl.sum(runs, axis=0) * H_KV
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     mask_g, mask_d = offs_g < GROUP, offs_d < D
     mask_q = mask_g[:, None] & mask_d[None, :]
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         kv_head, nth = item % H_KV, item // H_KV
         b = tl.sum((ends <= nth).to(tl.int32), axis=0).to(tl.int64)
-        first = tl.sum(tl.where(offs_b < b, splits, 0), axis=0)
+        run = nth - tl.sum(tl.where(offs_b < b, runs, 0), axis=0)
         context_len = tl.load(context_lens_ptr + b)
         num_splits, split_len = _cut(context_len, MIN_LEN, MAX_SPLITS, BLOCK_N)
-        split = nth - first
         heads = kv_head * GROUP + offs_g
         q_ptrs = q_ptr + b * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
         q = tl.load(q_ptrs, mask=mask_q, other=0.0)  # [BLOCK_G, BLOCK_D]
-        top, total, acc = _attend_split(
-            q,
-            kv_cache_ptr + kv_head * stride_kv_head + offs_d[None, :],
-            block_table_ptr + b * stride_table_b,
-            split * split_len,
-            tl.minimum((split + 1) * split_len, context_len),
-            scale_log2,
-            stride_kv_block,
-            stride_kv_pair,
-            stride_kv_slot,
-            BLOCK_SIZE,
-            BLOCK_D == D,
-            mask_d,
-            PRECISION,
-            BLOCK_G,
-            BLOCK_N,
-            BLOCK_D,
-        )
         out_ptrs = out_ptr + b * stride_o_b + heads[:, None] * stride_o_h + offs_d[None, :]
-        if num_splits == 1:
+        rows = (b * H + heads) * MAX_SPLITS
+        partial_ptrs = partial_ptr + rows[:, None] * D + offs_d[None, :]
+        max_sum_ptrs = max_sum_ptr + rows * 2
+        is_whole = num_splits <= run_len
+        top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        for split in range(run * run_len, tl.minimum((run + 1) * run_len, num_splits)):
+            split_top, split_total, split_acc = _attend_split(
+                q,
+                kv_cache_ptr + kv_head * stride_kv_head + offs_d[None, :],
+                block_table_ptr + b * stride_table_b,
+                split * split_len,
+                tl.minimum((split + 1) * split_len, context_len),
+                scale_log2,
+                stride_kv_block,
+                stride_kv_pair,
+                stride_kv_slot,
+                BLOCK_SIZE,
+                BLOCK_D == D,
+                mask_d,
+                PRECISION,
+                BLOCK_G,
+                BLOCK_N,
+                BLOCK_D,
+            )
+            if is_whole:
+                top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc)
+            else:
+                tl.store(partial_ptrs + split * D, split_acc, mask=mask_q)
+                tl.store(max_sum_ptrs + split * 2, split_top, mask=mask_g)
+                tl.store(max_sum_ptrs + split * 2 + 1, split_total, mask=mask_g)
+        is_last = is_whole
+        if not is_whole:
+            # every thread's partials must be out before one thread counts this run as arrived
+            tl.debug_barrier()
+            arrived_ptrs = arrived_ptr + b * H_KV + kv_head
+            arrived = tl.atomic_add(arrived_ptrs, 1, sem="acq_rel")
+            is_last = arrived == tl.cdiv(num_splits, run_len) - 1
+            if is_last:
+                tl.store(arrived_ptrs, 0)
+                top, total, acc = _join_splits(
+                    top, total, acc, partial_ptrs, max_sum_ptrs, num_splits, mask_g, mask_q, D,
+                    FOLD_AHEAD,
+                )  # fmt: skip
+        if is_last:
             out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
             tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
-        else:
-            rows = (b * H + heads) * MAX_SPLITS + split
-            tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=mask_q)
-            tl.store(max_sum_ptr + rows * 2, top, mask=mask_g)
-            tl.store(max_sum_ptr + rows * 2 + 1, total, mask=mask_g)
-            # every thread's partials must be out before one thread counts this split as arrived
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrived_ptr + b * H_KV + kv_head, 1, sem="acq_rel")
-            if arrived == num_splits - 1:
-                _combine_splits(
-                    partial_ptr + (b * H + kv_head * GROUP) * MAX_SPLITS * D,
-                    max_sum_ptr + (b * H + kv_head * GROUP) * MAX_SPLITS * 2,
-                    out_ptr + b * stride_o_b + kv_head * GROUP * stride_o_h,
-                    num_splits,
-                    stride_o_h,
-                    GROUP,
-                    D,
-                    MAX_SPLITS,
-                    BLOCK_D,
-                )
-                tl.store(arrived_ptr + b * H_KV + kv_head, 0)
 
 
 @triton.jit
-def _combine_splits(
-    partial_ptr,
-    max_sum_ptr,
-    out_ptr,
-    num_splits,
-    stride_o_h,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Join the splits of one kv head's query heads, always in the same order."""
-    offs_s, offs_d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
-    mask_s, mask_d = offs_s < num_splits, offs_d < D
-    for g in range(GROUP):
-        rows = g * MAX_SPLITS + offs_s
+def _fold(top, total, acc, split_top, split_total, split_acc):
+    """Add a split to those before it. fma says how it is rounded, which the compiler could choose
+    differently in two places."""
+    new_top = tl.maximum(top, split_top)
+    # an empty split and nothing before it: both are -inf, and their difference no number
+    fade = tl.where(top == float("-inf"), 0.0, tl.exp2(top - new_top))
+    weight = tl.where(split_top == float("-inf"), 0.0, tl.exp2(split_top - new_top))
+    total = tl.fma(split_total, weight, total * fade)
+    acc = tl.fma(split_acc, weight[:, None] + tl.zeros_like(acc), acc * fade[:, None])
+    return new_top, total, acc
+
+
+@triton.jit
+def _join_splits(
+    top, total, acc, partial_ptrs, max_sum_ptrs, num_splits, mask_g, mask_q, D: tl.constexpr,
+    FOLD_AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Fold all splits of one kv head's queries, in their order."""
+    for split in tl.range(0, num_splits, loop_unroll_factor=FOLD_AHEAD):
         # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
-        top = tl.load(
-            max_sum_ptr + rows * 2, mask=mask_s, other=float("-inf"), cache_modifier=".cg"
+        split_top = tl.load(max_sum_ptrs + split * 2, mask=mask_g, other=0.0, cache_modifier=".cg")
+        split_total = tl.load(
+            max_sum_ptrs + split * 2 + 1, mask=mask_g, other=0.0, cache_modifier=".cg"
         )
-        total = tl.load(max_sum_ptr + rows * 2 + 1, mask=mask_s, other=0.0, cache_modifier=".cg")
-        acc = tl.load(
-            partial_ptr + rows[:, None] * D + offs_d[None, :],
-            mask=mask_s[:, None] & mask_d[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        weight = tl.exp2(top - tl.max(top, axis=0))
-        out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-        tl.store(out_ptr + g * stride_o_h + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+        split_acc = tl.load(partial_ptrs + split * D, mask=mask_q, other=0.0, cache_modifier=".cg")
+        top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc)
+    return top, total, acc
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
@@ -277,9 +292,10 @@ def decode_attention(
         return out
     if workspace is None:
         workspace = decode_workspace(num_requests, num_heads, num_kv_heads, head_dim, q.device)
-    elif workspace.partial.shape[0] < num_requests:
-        held = workspace.partial.shape[0]
-        raise ValueError(f"workspace must hold {num_requests} requests, got one for {held}")
+    held = workspace.partial.shape
+    if held[0] < num_requests or (held[1], held[3]) != (num_heads, head_dim):
+        wanted = f"[>= {num_requests}, {num_heads}, {MAX_SPLITS}, {head_dim}]"
+        raise ValueError(f"workspace must hold {wanted} partial sums, got {list(held)}")
     tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
     group = num_heads // num_kv_heads
     grid = (device_sms(q.device) if num_sms is None else num_sms) * PROGRAMS_PER_SM
@@ -307,11 +323,14 @@ def decode_attention(
         PRECISION=dot_precision(kv_cache.dtype),
         MIN_LEN=MIN_SPLIT_LEN,
         MAX_SPLITS=MAX_SPLITS,
+        RUNS_PER_PROGRAM=RUNS_PER_PROGRAM,
+        FOLD_AHEAD=FOLD_AHEAD,
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(q.device),
     )
     return out

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import cdiv, require_shape
 
 BLOCK = 4096  # elements a program moves: 8 KiB in bf16, 16-byte accesses
@@ -19,8 +20,10 @@ def _copy_blocks_kernel(
     stride_src_block,
     stride_dst_block,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program moves BLOCK elements of one KV block."""
+    wait_for_inputs(PDL)
     pair = tl.program_id(0)
     src_id = tl.load(src_ids_ptr + pair).to(tl.int64)
     dst_id = tl.load(dst_ids_ptr + pair).to(tl.int64)
@@ -58,4 +61,5 @@ def copy_blocks(src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor) -> N
         dst.stride(0),
         BLOCK=BLOCK,
         num_warps=4,
+        **launch_options(src.device),
     )

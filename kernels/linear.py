@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
+from kernels.gemv import launch_gemv
 from kernels.norm import row_rstd
 from kernels.tile import (
     Tile,
@@ -19,6 +21,8 @@ from kernels.tile import (
     require_shape,
     require_unit_stride,
 )
+
+THIN_M = 64  # rows of a tile that stays bound by reading weights
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -47,10 +51,12 @@ def _matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program computes [BLOCK_M, BLOCK_N] tiles of out, num_programs apart. GATED: weight holds
     N gate rows and then N up rows."""
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    wait_for_inputs(PDL)
     offs_k = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tl.swizzle2d(tile // num_n, tile % num_n, num_m, num_n, GROUP_M)
@@ -104,35 +110,41 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Tile:
 
 
 # largest first; the first that gives every SM of an H100 something to do is taken
-MIDDLE_TILES = (_tile(128, 128, 64, 4, 4), _tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
+MIDDLE_TILES = (_tile(128, 128, 64, 8, 4), _tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
 MIDDLE_TILES_GATED = (_tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
 ENOUGH_TILES = 96
 HEAD_WIDTH = 65536  # a vocabulary rather than a layer
 
 
-def choose_tile(num_tokens: int, width: int, dtype: torch.dtype, gated: bool) -> Tile:
+def choose_tile(
+    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, has_residual: bool
+) -> Tile:
     """A tile for [num_tokens, depth] x [depth, width], as found best on an H100."""
     if dtype == torch.float32:
         return Tile(BLOCK_M=16 if num_tokens <= 16 else 64, BLOCK_N=32, BLOCK_K=32)
     if num_tokens <= 16:
         if width >= HEAD_WIDTH:
-            return _tile(16, 64, 128, 4, 5)
+            return _tile(16, 64, 128, 4, 6)
         return _tile(16, 16 if width <= 2048 else 32, 256, 2, 4)
     if num_tokens <= 64:
         block_m = 32 if num_tokens <= 32 else 64
         if width >= HEAD_WIDTH:
             return _tile(block_m, 64, 128, 4, 4)
         return _tile(block_m, 16 if width <= 1024 else 32, 128, 4, 4)
-    return _choose_tall_tile(num_tokens, width, gated)
+    return _choose_tall_tile(num_tokens, width, gated, has_residual)
 
 
-def _choose_tall_tile(num_tokens: int, width: int, gated: bool) -> Tile:
+def _choose_tall_tile(num_tokens: int, width: int, gated: bool, has_residual: bool) -> Tile:
     def num_tiles(tile: Tile) -> int:
         return cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
 
     if width >= HEAD_WIDTH:
         return _tile(128, 256, 64, 8, 4)
-    tall = _tile(128, 128, 64, 8, 3) if gated else _tile(128, 256, 64, 8, 4)
+    tall = _tile(128, 256, 64, 8, 4)
+    if gated:
+        tall = _tile(128, 128, 64, 8, 3)
+    elif has_residual:  # with it, the largest tile does not fit the registers
+        tall = _tile(128, 128, 64, 8, 4)
     if num_tokens > 512 and num_tiles(tall) >= ENOUGH_TILES:
         return tall
     for tile in MIDDLE_TILES_GATED if gated else MIDDLE_TILES:
@@ -158,7 +170,12 @@ def launch_matmul(
     (num_tokens, K), N = x.shape, out.shape[1]
     if num_tokens == 0:
         return
-    tile = choose_tile(num_tokens, N, x.dtype, gated) if tile is None else tile
+    if num_tokens == 1 and (tile is None or tile.BLOCK_M == 1):
+        launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
+        return
+    if tile is None:
+        has_residual = residual is not None
+        tile = choose_tile(num_tokens, N, x.dtype, gated=gated, has_residual=has_residual)
     if rms_eps is not None:
         rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
     num_tiles = cdiv(num_tokens, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
@@ -183,7 +200,7 @@ def launch_matmul(
         HAS_RSTD=rms_eps is not None,
         GATED=gated,
         EVEN_K=K % tile.BLOCK_K == 0,
-        THIN=tile.BLOCK_M <= 64,
+        THIN=tile.BLOCK_M <= THIN_M,
         PRECISION=dot_precision(x.dtype),
         GROUP_M=8,
         BLOCK_M=tile.BLOCK_M,
@@ -191,6 +208,7 @@ def launch_matmul(
         BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(x.device),
     )
 
 

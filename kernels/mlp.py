@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels.linear import launch_matmul, linear
-from kernels.tile import Tile, output, require_unit_stride
+from kernels.tile import Tile, output, require_shape, require_unit_stride
 
 
 def gate_up(
@@ -48,5 +48,6 @@ def mlp(
     rms_eps and rstd are as in `linear`; act: [T, I] takes the intermediate; out may be x itself.
     Raises ValueError where a shape or a stride does not fit.
     """
+    require_shape("down_weight", down_weight, x.shape[1], gate_up_weight.shape[0] // 2)
     act = gate_up(x, gate_up_weight, rms_eps, rstd=rstd, out=act, num_sms=num_sms)
     return linear(act, down_weight, residual=x, out=out, num_sms=num_sms)

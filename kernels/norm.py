@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import next_power_of_2, output, require_shape, require_unit_stride
 
 
@@ -21,8 +22,10 @@ def _rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program normalises one row."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -38,8 +41,9 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _row_rstd_kernel(x_ptr, out_ptr, N, stride_x_t, eps, BLOCK_N: tl.constexpr):
+def _row_rstd_kernel(x_ptr, out_ptr, N, stride_x_t, eps, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
     """One program takes one row."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + row * stride_x_t + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
@@ -59,7 +63,14 @@ def row_rstd(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     if num_tokens:
         block_n = next_power_of_2(N)
         _row_rstd_kernel[(num_tokens,)](
-            x, out, N, x.stride(0), eps, BLOCK_N=block_n, num_warps=_num_warps(block_n)
+            x,
+            out,
+            N,
+            x.stride(0),
+            eps,
+            BLOCK_N=block_n,
+            num_warps=_num_warps(block_n),
+            **launch_options(x.device),
         )
     return out
 
@@ -93,6 +104,7 @@ def _launch(
 ) -> Tensor:
     num_tokens, N = x.shape
     require_shape("weight", weight, N)
+    require_unit_stride("weight", weight)
     require_unit_stride("x", x)
     out = output(out, x.shape, x)
     if num_tokens == 0:
@@ -111,5 +123,6 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         BLOCK_N=block_n,
         num_warps=_num_warps(block_n),
+        **launch_options(x.device),
     )
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import (
     Tile,
     cdiv,
@@ -102,8 +103,10 @@ def _prefill_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program takes BLOCK_M queries of one request and one head, the longest contexts first."""
+    wait_for_inputs(PDL)
     # the last tiles of a request see the most keys: started first, they do not trail behind
     pid_m = tl.num_programs(2) - 1 - tl.program_id(2)
     head = tl.program_id(0)
@@ -208,5 +211,6 @@ def prefill_attention(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(q.device),
     )
     return out

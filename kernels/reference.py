@@ -109,7 +109,7 @@ def rope_store(
     [num_blocks, 2, block_size, H_KV, D]; q_norm_weight, k_norm_weight: [D] or None -> [T, H, D].
     """
     _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    heads = qkv.view(len(qkv), qkv.shape[1] // head_dim, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     q32 = q.float() if q_norm_weight is None else _rms_norm32(q, q_norm_weight, eps)
     k32 = k.float() if k_norm_weight is None else _rms_norm32(k, k_norm_weight, eps)
@@ -295,7 +295,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
     """Softmax attention of q: [M, H, D] over k, v: [S, H_KV, D] fp32 -> [M, H, D] fp32."""
     num_queries, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
-    q32 = q.float().view(num_queries, -1, group, head_dim)
+    q32 = q.float().view(num_queries, k.shape[1], group, head_dim)
     scores = torch.einsum("mkgd,skd->kgms", q32, k) * scale
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import cdiv, next_power_of_2, output, require_shape, require_unit_stride
 
 BLOCK_H = 8  # heads a program: enough programs at batch 1, few enough index loads at prefill
@@ -35,8 +36,10 @@ def _rope_store_kernel(
     QK_NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program takes BLOCK_H heads of one token; heads run over q, then k, then v."""
+    wait_for_inputs(PDL)
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -109,6 +112,12 @@ def rope_store(
     require_shape("cos_sin", cos_sin, cos_sin.shape[0], head_dim)
     if (q_norm_weight is None) != (k_norm_weight is None):
         raise ValueError("q_norm_weight and k_norm_weight must be given both or neither")
+    for name, tensor in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
+        if tensor is not None:
+            require_shape(name, tensor, head_dim)
+            require_unit_stride(name, tensor)
+    require_unit_stride("positions", positions)
+    require_unit_stride("slot_mapping", slot_mapping)
     require_unit_stride("qkv", qkv)
     require_unit_stride("kv_cache", kv_cache)
     out = output(out, (num_tokens, num_heads, head_dim), qkv)
@@ -138,5 +147,6 @@ def rope_store(
         BLOCK_H=BLOCK_H,
         BLOCK_HALF=next_power_of_2(head_dim // 2),
         num_warps=2,
+        **launch_options(qkv.device),
     )
     return out

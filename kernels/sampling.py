@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import cdiv, next_power_of_2, require_shape, require_unit_stride
 
 BLOCK_V = 1024  # tokens a program looks at in each of the four quarters of the vocabulary
-SCAN_BLOCK_V = 4096  # tokens of one step of a pass over a row
+SCAN_BLOCK_V = 2048  # tokens of one step of a pass over a row
 
 
 @triton.jit
@@ -73,9 +74,11 @@ def _threshold_kernel(
     stride_l_b,
     NUM_BITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program finds the smallest logit that its row keeps. NUM_BITS: how many bits of a logit's
     fp32 pattern, from the top, its dtype can set."""
+    wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + b)
     top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
@@ -130,8 +133,10 @@ def _gumbel_max_kernel(
     V,
     stride_l_b,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program takes BLOCK_V tokens of each quarter of one row's vocabulary."""
+    wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     quarter = tl.cdiv(V, 4)
@@ -172,9 +177,16 @@ def _gumbel_max_kernel(
 
 @triton.jit
 def _best_piece_kernel(
-    best_ptr, index_ptr, out_ptr, V, NUM_PIECES: tl.constexpr, BLOCK_P: tl.constexpr
+    best_ptr,
+    index_ptr,
+    out_ptr,
+    V,
+    NUM_PIECES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program picks one row's token among the pieces' best."""
+    wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
     mask_p = offs_p < NUM_PIECES
@@ -221,6 +233,7 @@ def sample(
     if num_rows == 0:
         return out
     num_pieces = cdiv(cdiv(vocab_size, 4), BLOCK_V)
+    options = launch_options(logits.device)
     threshold = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_rows, num_pieces, dtype=torch.float32, device=logits.device)
     index = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=logits.device)
@@ -236,6 +249,7 @@ def sample(
         NUM_BITS={torch.bfloat16: 16, torch.float16: 19}.get(logits.dtype, 32),
         BLOCK_V=SCAN_BLOCK_V,
         num_warps=8,
+        **options,
     )
     _gumbel_max_kernel[(num_rows, num_pieces)](
         logits,
@@ -249,6 +263,7 @@ def sample(
         logits.stride(0),
         BLOCK_V=BLOCK_V,
         num_warps=4,
+        **options,
     )
     _best_piece_kernel[(num_rows,)](
         best,
@@ -258,5 +273,6 @@ def sample(
         NUM_PIECES=num_pieces,
         BLOCK_P=next_power_of_2(num_pieces),
         num_warps=1,
+        **options,
     )
     return out

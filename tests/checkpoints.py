@@ -58,7 +58,7 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 
 
 def save_byte_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A random model over bytes, with the tokenizer for it: it says rubbish, half characters too."""
+    """A random model over bytes, and their tokenizer: it says rubbish, half characters too."""
     save_random(folder, family, vocab_size=BYTE_VOCAB, eos_token_id=NUM_BYTES, **changes)
     return save_tokenizer(folder, [bytes([b]) for b in range(NUM_BYTES)])
 

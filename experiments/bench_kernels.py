@@ -1,0 +1,191 @@
+"""Every kernel on its shapes and numbers of SMs, beside its peers and the machine's own ceilings.
+
+    python -m experiments.bench_kernels [--only decode_attention mlp] [--quick]
+
+The ceilings are measured first, in the same run: a read-only stream, a copy, a matmul of 8192^3, a
+copy to a peer GPU where there is one. Every launch is checked against kernels/reference.py before
+it is timed. A row for each reading goes to experiments/results/kernels.csv.
+
+num_sms sizes the grids of the launchers that take it; it confines nothing by itself: sms_granted
+says on how many SMs a launch could run.
+"""
+
+import argparse
+import gc
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from experiments.attention_cases import attention_cases
+from experiments.ceilings import measure_ceilings
+from experiments.dense_cases import dense_cases
+from experiments.harness import RESULTS, append_row, environment, table
+from experiments.kernel_case import Case, Mismatch
+from experiments.memory_cases import memory_cases
+from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, best_peers
+from experiments.timing import Effort, time_calls
+from kernels.tile import device_sms
+
+NUM_SMS = (48, 56, 64, 72, 96, 132)
+QUICK_SMS = (56,)
+QUICK_EFFORT = Effort(graph_ms=1.0, reading_ms=20.0, min_replays=5)
+TABLE = ("kernel", "shape", "num_sms", "us", "rate", "% of ceiling", "x best peer", "best peer")
+
+
+def all_cases() -> list[Case]:
+    return attention_cases() + dense_cases() + memory_cases()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, append each row to the CSV at once, print a table."""
+    args = _parse(argv)
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    effort = QUICK_EFFORT if args.quick else Effort()
+    default_sms = QUICK_SMS if args.quick else NUM_SMS
+    nums_sms = tuple(default_sms if args.num_sms is None else args.num_sms)
+    cases = [
+        replace(case, dtype=dtype)
+        for case in all_cases()
+        if (case.quick or not args.quick) and case.kernel in (args.only or BANDWIDTH)
+    ]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    stamp, readings = environment(device), []
+    for reading in _measure_all(cases, device, dtype, nums_sms, effort):
+        stamped = replace(reading, **stamp)
+        append_row(args.out, asdict(stamped))
+        readings.append(stamped)
+    print(table(table_rows(readings), list(TABLE)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--only", nargs="+", choices=BANDWIDTH, metavar="KERNEL", help=str([*BANDWIDTH]))
+    p.add_argument("--num-sms", nargs="*", type=int, help=f"beside the whole GPU; {NUM_SMS}")
+    p.add_argument("--quick", action="store_true", help="fewer shapes and repeats: a minute")
+    p.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
+    p.add_argument("--device", default="cuda:0")
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        p.error(f"--device must be a GPU of this machine, got {device} and no CUDA device")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        p.error(
+            f"--device {device} needs TRITON_INTERPRET=1: a rehearsal, without meaning as times"
+        )
+    if any(n < 1 for n in args.num_sms or ()):
+        p.error(f"--num-sms must be positive, got {args.num_sms}")
+    return args
+
+
+def _measure_all(
+    cases: Sequence[Case],
+    device: torch.device,
+    dtype: torch.dtype,
+    nums_sms: tuple[int, ...],
+    effort: Effort,
+) -> Iterator[Reading]:
+    for reading in measure_ceilings(device, dtype, nums_sms, effort):
+        _say(reading)
+        yield reading
+    for case in cases:
+        if not case.is_possible(device):
+            print(f"skipped {case.kernel}: {case.shape}: not on this machine")
+            continue
+        for reading in measure(case, device, nums_sms, effort):
+            _say(reading)
+            yield reading
+        gc.collect()  # the buffers of a case lie in closures that know each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(
+    case: Case, device: torch.device, nums_sms: tuple[int, ...], effort: Effort
+) -> Iterator[Reading]:
+    """Check and time ours and every peer that takes the shape, on buffers made here."""
+    problem = case.build(device, case.copies)
+    wanted = [n for n in nums_sms if n <= device_sms(device)]
+    for impl in problem.impls(tuple(wanted) if case.sweep and takes_num_sms(case.kernel) else ()):
+        try:
+            problem.check(impl)
+            times = time_calls(impl.run, case.copies, device, effort, captured=impl.captured)
+        except Mismatch as error:
+            raise Mismatch(f"{case.kernel} {case.shape}: {error}") from error
+        except Exception as error:
+            if impl.name == "ours":
+                raise
+            print(f"skipped {impl.name}: {case.shape}: {_first_line(error)}")
+            continue
+        yield Reading(
+            kernel=case.kernel,
+            impl=impl.name,
+            shape=case.shape,
+            dtype=str(case.dtype).removeprefix("torch."),
+            sms_asked=impl.num_sms,
+            sms_granted=device_sms(device),
+            ms_p20=times.p20,
+            ms_p50=times.p50,
+            ms_p80=times.p80,
+            bytes=case.bytes,
+            flops=case.flops,
+        )
+
+
+def takes_num_sms(kernel: str) -> bool:
+    """Whether the launcher of that name sizes its grid for a partition."""
+    launcher = getattr(kernels, kernel, None)
+    return launcher is not None and "num_sms" in inspect.signature(launcher).parameters
+
+
+def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+    """Of the ceilings and of ours: the time, the rate that counts, and how the peers stand."""
+    ceilings, peers = Ceilings.of(readings), best_peers(readings)
+    rows = []
+    for r in readings:
+        if r.kernel != CEILING and r.impl != "ours":
+            continue
+        row = {
+            "kernel": r.impl if r.kernel == CEILING else r.kernel,
+            "shape": r.shape,
+            "num_sms": "" if r.sms_asked is None else r.sms_asked,
+            "us": f"{r.ms_p50 * 1e3:.1f}",
+            "rate": f"{r.gb_s:.0f} GB/s",
+            "% of ceiling": "",
+            "x best peer": "",
+            "best peer": "",
+        }
+        if r.kernel == CEILING:
+            is_matmul = r.flops > 0
+        else:
+            is_matmul = ceilings.is_compute_bound(r)
+            row["% of ceiling"] = f"{ceilings.percent(r):.1f}"
+            peer = peers.get((r.kernel, r.shape, r.dtype))
+            if peer is not None:
+                row["x best peer"] = f"{peer.ms_p50 / r.ms_p50:.2f}"
+                row["best peer"] = peer.impl
+        if is_matmul:
+            row["rate"] = f"{r.tflop_s:.0f} TFLOP/s"
+        rows.append(row)
+    return rows
+
+
+def _say(r: Reading) -> None:
+    sms = "" if r.sms_asked is None else f" on {r.sms_asked} SMs"
+    rate = f"{r.gb_s:.0f} GB/s" + f", {r.tflop_s:.0f} TFLOP/s" * bool(r.flops)
+    print(f"{r.kernel}: {r.impl}{sms}: {r.shape}: {r.ms_p50 * 1e3:.1f} us, {rate}", flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+if __name__ == "__main__":
+    main()
