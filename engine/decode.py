@@ -1,6 +1,8 @@
 """DecodeWorker: one token for every running request, as one CUDA graph per batch bucket."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,6 +26,18 @@ STEP_FIELDS = {
     "min_p": torch.float32,
 }
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph of an engine long gone, destroyed in the middle of a capture, would spoil it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -191,8 +205,12 @@ class DecodeWorker:
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self.device)
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=stream):
+        options = {
+            "pool": self._graph_pool,
+            "stream": torch.cuda.current_stream(self.device),
+            "capture_error_mode": "thread_local",  # another engine may work in another thread
+        }
+        with _no_garbage_collection(), torch.cuda.graph(graph, **options):
             self._step(size)
         return graph
 

@@ -1,5 +1,6 @@
 """LLM: prompts in, text out; who asked for what, on top of the core that computes it."""
 
+import gc
 import itertools
 import random
 import time
@@ -100,6 +101,7 @@ class LLM:
         self._core = None
         self._jobs.clear()
         self._touched.clear()
+        gc.collect()  # a traceback that somebody kept may hold the core in a cycle
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

@@ -20,15 +20,15 @@ from kernels.tile import (
     dot_precision,
     next_power_of_2,
     output,
+    require_paged,
     require_shape,
-    require_unit_stride,
 )
 
 MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
-MIN_SPLIT_LEN = 128  # tokens a split holds at least: below, its start costs more than its reads
+MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
 RUNS_PER_PROGRAM = 2  # runs dealt to each program, where there are splits enough to choose
 FOLD_AHEAD = 4  # partial results that are loaded together when splits are joined
-PROGRAMS_PER_SM = 6  # of two warps each: many small ones hide each other's start
+PROGRAMS_PER_SM = 3  # that fit an SM's shared memory, and hide each other's start
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 
 
@@ -254,8 +254,8 @@ def _join_splits(
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
-    stages = 2 if dtype == torch.float32 else 4
-    return Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=head_dim, num_warps=2, num_stages=stages)
+    block_n = 32 if dtype == torch.float32 else 64
+    return Tile(BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=head_dim, num_warps=4, num_stages=3)
 
 
 def decode_attention(
@@ -280,13 +280,8 @@ def decode_attention(
     """
     num_requests, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    require_shape("kv_cache", kv_cache, len(kv_cache), 2, block_size, num_kv_heads, head_dim)
+    require_paged(q, kv_cache, block_table, num_requests)
     require_shape("context_lens", context_lens, num_requests)
-    require_shape("block_table", block_table, num_requests, block_table.shape[1])
-    if num_heads % num_kv_heads:
-        raise ValueError(f"q must have a multiple of {num_kv_heads} heads, got {num_heads}")
-    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table)):
-        require_unit_stride(name, tensor)
     out = output(out, q.shape, q)
     if num_requests == 0:
         return out

@@ -18,8 +18,8 @@ from kernels.tile import (
     dot_precision,
     next_power_of_2,
     output,
+    require_paged,
     require_shape,
-    require_unit_stride,
 )
 
 
@@ -176,13 +176,8 @@ def prefill_attention(
     num_tokens, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     num_requests = context_lens.shape[0]
-    require_shape("kv_cache", kv_cache, len(kv_cache), 2, block_size, num_kv_heads, head_dim)
+    require_paged(q, kv_cache, block_table, num_requests)
     require_shape("cu_seqlens", cu_seqlens, num_requests + 1)
-    require_shape("block_table", block_table, num_requests, block_table.shape[1])
-    if num_heads % num_kv_heads:
-        raise ValueError(f"q must have a multiple of {num_kv_heads} heads, got {num_heads}")
-    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table)):
-        require_unit_stride(name, tensor)
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
         return out

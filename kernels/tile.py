@@ -53,6 +53,18 @@ def require_unit_stride(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous in its last dim, got stride {tensor.stride()}")
 
 
+def require_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, num_requests: int) -> None:
+    """ValueError unless these belong together. q: [_, H, D], kv_cache: one layer [num_blocks, 2,
+    block_size, H_KV, D] with H a multiple of H_KV, block_table: [num_requests, max_blocks]."""
+    num_blocks, _, block_size, num_kv_heads, _ = kv_cache.shape
+    require_shape("kv_cache", kv_cache, num_blocks, 2, block_size, num_kv_heads, q.shape[2])
+    require_shape("block_table", block_table, num_requests, block_table.shape[1])
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(f"q must have a multiple of {num_kv_heads} heads, got {q.shape[1]}")
+    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table)):
+        require_unit_stride(name, tensor)
+
+
 def output(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """`out` after a check of its shape, or a new tensor of like's dtype on its device."""
     if out is None:

@@ -67,7 +67,7 @@ def alone(batch: PagedBatch, b: int) -> PagedBatch:
 @example(Layout(context_lens=(0,)), None, None, False, torch.float16, 0)  # a padding row alone
 @example(Layout(context_lens=(0, 15, 16, 17, 0)), None, None, True, torch.float16, 0)
 @example(Layout(context_lens=(1, 63, 64, 65)), None, 1, False, torch.float32, 0)
-@example(Layout(context_lens=(511, 512, 513)), None, None, False, torch.float16, 0)  # MIN_SPLIT_LEN
+@example(Layout(context_lens=(255, 256, 257)), None, None, False, torch.float16, 0)  # MIN_SPLIT_LEN
 @example(Layout(context_lens=(30,), head_dim=96, group=7), None, 5, False, torch.float32, 0)
 def test_decode_attention_matches_reference(layout, tile, num_sms, give_out, dtype, seed):
     batch = layout.build(dtype, seed)
