@@ -57,7 +57,7 @@ class Core:
     def _build(self, config: EngineConfig, folder: Path) -> None:
         device, model_config = self.device, self.model_config
         self.dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
-        ops = _ops(config.resolve_kernels(str(device)))
+        kernels = config.resolve_kernels(str(device))
         options = {"device": device, "dtype": self.dtype}
         model_len = _model_len(config, model_config)
         if config.num_kv_blocks is not None and config.num_kv_blocks * config.block_size < 2:
@@ -68,7 +68,7 @@ class Core:
             weights = dummy_weights(model_config, **options, seed=config.seed)
         else:
             weights = load_weights(model_config, folder, **options, progress=True)
-        decoder = Decoder(model_config, weights, model_len, ops)
+        decoder = Decoder(model_config, weights, model_len, _ops(kernels))
         sizes = {
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -84,7 +84,8 @@ class Core:
         cache_len = self.kv_cache.num_blocks * config.block_size
         self.max_model_len = min(model_len, cache_len)
         self.prefill = PrefillWorker(decoder, self.kv_cache, prefill_buffers, device=device)
-        use_graphs = device.type == "cuda" and not config.enforce_eager
+        # the references look at values on the host, which a capture does not allow
+        use_graphs = device.type == "cuda" and kernels == "triton" and not config.enforce_eager
         self.decode = DecodeWorker(
             decoder,
             self.kv_cache,

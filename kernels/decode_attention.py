@@ -28,7 +28,7 @@ MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 
 MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
 RUNS_PER_PROGRAM = 2  # runs dealt to each program, where there are splits enough to choose
 FOLD_AHEAD = 4  # partial results that are loaded together when splits are joined
-PROGRAMS_PER_SM = 3  # that fit an SM's shared memory, and hide each other's start
+PROGRAMS_PER_SM = 6  # of two warps each: many small ones hide each other's start
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 
 
@@ -254,8 +254,8 @@ def _join_splits(
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
-    block_n = 32 if dtype == torch.float32 else 64
-    return Tile(BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=head_dim, num_warps=4, num_stages=3)
+    stages = 2 if dtype == torch.float32 else 4
+    return Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=head_dim, num_warps=2, num_stages=stages)
 
 
 def decode_attention(
