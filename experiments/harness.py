@@ -60,7 +60,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         if header != list(row):
             raise ValueError(f"{path} must have the columns {list(row)}, got {header}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
