@@ -56,33 +56,19 @@ class Core:
 
     def _build(self, config: EngineConfig, folder: Path) -> None:
         device, model_config = self.device, self.model_config
-        self.dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
         kernels = config.resolve_kernels(str(device))
-        options = {"device": device, "dtype": self.dtype}
         model_len = _model_len(config, model_config)
-        if config.num_kv_blocks is not None and config.num_kv_blocks * config.block_size < 2:
-            raise ValueError(
-                f"num_kv_blocks must hold 2 tokens or more, got {config.num_kv_blocks}"
-            )
-        if config.load_format == "dummy":
-            weights = dummy_weights(model_config, **options, seed=config.seed)
-        else:
-            weights = load_weights(model_config, folder, **options, progress=True)
-        decoder = Decoder(model_config, weights, model_len, _ops(kernels))
-        sizes = {
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-        }
-        prefill_buffers = decoder.buffers(
-            config.max_num_batched_tokens, config.max_num_seqs, decode=False
-        )
-        decode_buffers = decoder.buffers(config.max_num_seqs, config.max_num_seqs, decode=True)
-        self.kv_cache = _make_cache(config, model_config, **options)
+        decoder = _decoder(config, model_config, folder, device, model_len, _ops(kernels))
+        self.dtype = decoder.weights.embedding.dtype
+        num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        prefill_buffers = decoder.buffers(num_tokens, num_seqs, decode=False)
+        decode_buffers = decoder.buffers(num_seqs, num_seqs, decode=True)
+        # last, for it may take what memory is left
+        self.kv_cache = _cache(config, decoder, device)
         self.block_manager = BlockManager(
             self.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching
         )
-        cache_len = self.kv_cache.num_blocks * config.block_size
-        self.max_model_len = min(model_len, cache_len)
+        self.max_model_len = min(model_len, self.kv_cache.num_blocks * config.block_size)
         self.prefill = PrefillWorker(decoder, self.kv_cache, prefill_buffers, device=device)
         # the references look at values on the host, which a capture does not allow
         use_graphs = device.type == "cuda" and kernels == "triton" and not config.enforce_eager
@@ -96,7 +82,8 @@ class Core:
         )
         self.scheduler = Scheduler(
             self.block_manager,
-            **sizes,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
             max_model_len=self.max_model_len,
             on_release=self.decode.release,
         )
@@ -132,7 +119,8 @@ class Core:
             finally:  # where the second launch fails, the first is under way all the same
                 if launched:
                     self._launched.append(launched)
-            if self._launched and (len(self._launched) > 1 or not launched):
+            # one step stays in flight, or none where there was nothing to launch
+            while len(self._launched) > bool(launched):
                 self._take(_results(self._launched.popleft()), on_token, ended)
         if self.is_idle:
             self.drain()
@@ -236,6 +224,9 @@ def _ops(kernels: str) -> ModuleType:
 
 
 def _model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Tokens of the longest request; ValueError where model or cache cannot hold what is asked."""
+    if config.num_kv_blocks is not None and config.num_kv_blocks * config.block_size < 2:
+        raise ValueError(f"num_kv_blocks must hold 2 tokens or more, got {config.num_kv_blocks}")
     longest = model_config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ValueError(
@@ -244,14 +235,29 @@ def _model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_model_len or longest
 
 
-def _make_cache(
-    config: EngineConfig, model_config: ModelConfig, *, device: torch.device, dtype: torch.dtype
-) -> KVCache:
+def _decoder(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    model_len: int,
+    ops: ModuleType,
+) -> Decoder:
+    dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
+    options = {"device": device, "dtype": dtype}
+    if config.load_format == "dummy":
+        weights = dummy_weights(model_config, **options, seed=config.seed)
+    else:
+        weights = load_weights(model_config, folder, **options, progress=True)
+    return Decoder(model_config, weights, model_len, ops)
+
+
+def _cache(config: EngineConfig, decoder: Decoder, device: torch.device) -> KVCache:
+    options = {"device": device, "dtype": decoder.weights.embedding.dtype}
     num_blocks = config.num_kv_blocks or num_blocks_that_fit(
-        model_config,
+        decoder.config,
         config.block_size,
-        device=device,
-        dtype=dtype,
+        **options,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )
-    return KVCache(model_config, num_blocks, config.block_size, device=device, dtype=dtype)
+    return KVCache(decoder.config, num_blocks, config.block_size, **options)
