@@ -24,6 +24,7 @@ import torch
 import kernels
 from experiments.attention_cases import attention_cases
 from experiments.ceilings import measure_ceilings
+from experiments.copy_cases import copy_cases
 from experiments.dense_cases import dense_cases
 from experiments.harness import RESULTS, append_row, environment, table
 from experiments.kernel_case import Case, Mismatch
@@ -34,12 +35,12 @@ from kernels.tile import device_sms
 
 NUM_SMS = (48, 56, 64, 72, 96, 132)
 QUICK_SMS = (56,)
-QUICK_EFFORT = Effort(graph_ms=1.0, reading_ms=20.0, min_replays=5)
+QUICK_EFFORT = Effort(graph_ms=2.0, reading_ms=20.0, min_replays=5)
 TABLE = ("kernel", "shape", "num_sms", "us", "rate", "% of ceiling", "x best peer", "best peer")
 
 
 def all_cases() -> list[Case]:
-    return attention_cases() + dense_cases() + memory_cases()
+    return attention_cases() + dense_cases() + memory_cases() + copy_cases()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (case.quick or not args.quick) and case.kernel in (args.only or BANDWIDTH)
     ]
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     stamp, readings = environment(device), []
     for reading in _measure_all(cases, device, dtype, nums_sms, effort):
@@ -168,7 +170,7 @@ def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
             is_matmul = ceilings.is_compute_bound(r)
             row["% of ceiling"] = f"{ceilings.percent(r):.1f}"
             peer = peers.get((r.kernel, r.shape, r.dtype))
-            if peer is not None:
+            if peer is not None and r.sms_asked is None:
                 row["x best peer"] = f"{peer.ms_p50 / r.ms_p50:.2f}"
                 row["best peer"] = peer.impl
         if is_matmul:

@@ -25,7 +25,7 @@ def _read_stream_kernel(x_ptr, out_ptr, num_tiles, STAGES: tl.constexpr, BLOCK: 
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int32)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
-        total += tl.load(x_ptr + tile.to(tl.int64) * BLOCK + offs)
+        total += tl.load(x_ptr + tile * BLOCK + offs)
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -37,8 +37,10 @@ def read_stream(
     A program per tile, or num_programs that go on from tile to tile with loads in flight.
     """
     num_tiles, rest = divmod(x.numel(), block)
-    if rest or x.dtype != torch.int32:
-        raise ValueError(f"x must be int32 in tiles of {block}, got {x.dtype} and {x.numel()}")
+    if rest or x.dtype != torch.int32 or x.numel() >= 2**31:
+        raise ValueError(
+            f"x must be int32 in tiles of {block}, under 2**31 words, got {x.dtype} and {x.numel()}"
+        )
     programs = num_tiles if num_programs is None else min(num_programs, num_tiles)
     if out.numel() < programs:
         raise ValueError(f"out must hold {programs} sums, got {out.numel()}")

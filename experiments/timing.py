@@ -23,7 +23,7 @@ Run = Callable[[int], Any]  # launches over one copy of the buffers
 class Effort:
     """How long one reading may take."""
 
-    graph_ms: float = 2.0  # of one graph: what its launch adds lies under 1 %
+    graph_ms: float = 4.0  # of one graph: what its launch adds lies under 1 %
     reading_ms: float = 80.0
     min_replays: int = 10
     max_replays: int = 50

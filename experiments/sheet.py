@@ -1,0 +1,137 @@
+"""What the figures of kernels.csv show, as numbers. Knows nothing of how it is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, newest
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is drawn: the newest readings of one GPU, and every run's ceilings."""
+
+    gpu: str
+    readings: list[Reading]  # of kernels
+    streams: list[Reading]  # read streams, by number of SMs
+    ceilings: dict[tuple[str, str, str], Ceilings]  # by run
+    roof: Ceilings  # of the newest run
+    num_sms: int  # of the whole GPU
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading], gpu: str | None = None) -> "Sheet":
+        """ValueError where there is no reading of a kernel, or none of its run's ceilings."""
+        chosen = _of_one_gpu(readings, gpu)
+        ceilings = {}
+        for run in {r.run for r in chosen}:
+            try:
+                ceilings[run] = Ceilings.of(r for r in chosen if r.run == run)
+            except ValueError as error:
+                raise ValueError(f"{error} (run of {run[1]}, commit {run[2]})") from None
+        latest = newest(chosen)
+        of_kernels = [r for r in latest if r.kernel != CEILING]
+        if not of_kernels:
+            raise ValueError(f"the CSV must hold kernels of {chosen[0].gpu}, got ceilings alone")
+        return cls(
+            gpu=chosen[0].gpu,
+            readings=of_kernels,
+            streams=[r for r in latest if r.impl == "read stream"],
+            ceilings=ceilings,
+            roof=ceilings[max(chosen, key=lambda r: r.date).run],
+            num_sms=max(r.sms_granted for r in latest),
+        )
+
+    @property
+    def title(self) -> str:
+        """Hardware, commit and day."""
+        commits = ", ".join(dict.fromkeys(r.commit for r in self.readings))
+        days = sorted({r.date.split(" ")[0] for r in self.readings})
+        span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        return f"{self.gpu}, commit {commits}, {span}"
+
+    def percent(self, reading: Reading) -> float:
+        """Percent of the ceiling of the reading's own run."""
+        return self.ceilings[reading.run].percent(reading)
+
+    @property
+    def ours(self) -> list[Reading]:
+        return [r for r in self.readings if r.impl == "ours" and r.sms_asked is None]
+
+
+def _of_one_gpu(readings: Sequence[Reading], gpu: str | None) -> list[Reading]:
+    if not readings:
+        raise ValueError("the CSV must hold readings, got none")
+    if gpu is None:
+        name = max(readings, key=lambda r: r.date).gpu
+    else:
+        names = sorted({r.gpu for r in readings})
+        matching = [name for name in names if gpu.lower() in name.lower()]
+        if len(matching) != 1:
+            raise ValueError(f"--gpu must name one of {names}, got {gpu!r}")
+        name = matching[0]
+    return [r for r in readings if r.gpu == name]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kernel on one shape, in the roofline."""
+
+    kernel: str
+    label: str
+    flop_per_byte: float
+    tflop_s: float
+
+
+def roofline_points(sheet: Sheet) -> list[Point]:
+    """Ours on the whole GPU, where there are matrix products, by rising intensity."""
+    points = [
+        Point(r.kernel, f"{r.kernel}  {r.shape}", r.flops / r.bytes, r.tflop_s)
+        for r in sheet.ours
+        if r.flops
+    ]
+    return sorted(points, key=lambda p: (p.flop_per_byte, p.label))
+
+
+def sm_curves(sheet: Sheet) -> dict[str, list[tuple[int, float]]]:
+    """(SMs, percent of the speed on the whole GPU) by kernel and shape, where there are several."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for r in [*sheet.streams, *sheet.readings]:
+        whole = _on_whole_gpu(sheet, r)
+        if r.sms_asked is None or whole is None:
+            continue
+        confined = r.sms_granted < sheet.num_sms
+        name = "read stream" if r.kernel == CEILING else f"{r.kernel}  {r.shape}"
+        name += f"  {r.impl}" * (r.impl != "ours" and r.kernel != CEILING)
+        name += "" if confined or r.kernel == CEILING else "  (grid only)"
+        sms = r.sms_granted if confined else min(r.sms_asked, sheet.num_sms)
+        curves.setdefault(name, [(sheet.num_sms, 100.0)])
+        if sms < sheet.num_sms:
+            curves[name].append((sms, 100 * whole.ms_p50 / r.ms_p50))
+    return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
+
+
+def _on_whole_gpu(sheet: Sheet, r: Reading) -> Reading | None:
+    what = (r.kernel, r.impl, r.shape, r.dtype)
+    for other in [*sheet.streams, *sheet.readings]:
+        if other.sms_asked is None and what == (
+            other.kernel,
+            other.impl,
+            other.shape,
+            other.dtype,
+        ):
+            return other
+    return None
+
+
+def percent_bars(sheet: Sheet) -> dict[str, dict[str, dict[str, float]]]:
+    """Percent of the ceiling on the whole GPU: kernel -> shape -> impl, ours first."""
+    bars: dict[str, dict[str, dict[str, float]]] = {}
+    for r in sorted(sheet.readings, key=lambda r: (*_kernel_order(r.kernel), r.impl != "ours")):
+        if r.sms_asked is None:
+            shapes = bars.setdefault(r.kernel, {})
+            shapes.setdefault(r.shape, {})[r.impl] = sheet.percent(r)
+    return bars
+
+
+def _kernel_order(kernel: str) -> tuple[int, str]:
+    names = [*BANDWIDTH]
+    return names.index(kernel) if kernel in names else len(names), kernel
