@@ -21,6 +21,7 @@ from kernels.tile import (
     require_shape,
     require_unit_stride,
 )
+from kernels.tiles import matmul_shape, tuned_tile
 
 THIN_M = 64  # rows of a tile that stays bound by reading weights
 
@@ -170,11 +171,14 @@ def launch_matmul(
     (num_tokens, K), N = x.shape, out.shape[1]
     if num_tokens == 0:
         return
+    has_residual = residual is not None
+    if tile is None and x.element_size() == 2:
+        shape = matmul_shape(num_tokens, N, K, has_residual)
+        tile = tuned_tile("gate_up" if gated else "linear", shape, num_sms, x.device)
     if num_tokens == 1 and (tile is None or tile.BLOCK_M == 1):
         launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
         return
     if tile is None:
-        has_residual = residual is not None
         tile = choose_tile(num_tokens, N, x.dtype, gated=gated, has_residual=has_residual)
     if rms_eps is not None:
         rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])

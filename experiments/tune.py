@@ -1,0 +1,207 @@
+"""Find the best tile of each launch and write it to kernels/tiles.json.
+
+    python -m experiments.tune --model Qwen3-8B --tokens 1 16 64 256 2048 --num-sms 0 64 96
+
+Every candidate is checked against the reference and timed as `experiments.timing` does, beside the
+launcher's own heuristic in the same run; a tile is written where it is faster by more than the
+spread of two readings, and an entry that is not worth it any more is dropped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from triton.runtime.errors import OutOfResources, PTXASError
+
+import kernels
+from experiments.harness import table
+from experiments.kernel_case import BOUND, Draw, row_error
+from experiments.shapes import SHAPES
+from experiments.timing import Effort, copies_for, time_calls
+from kernels import Tile, gemv, reference
+from kernels.linear import choose_tile as choose_matmul_tile
+from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
+
+EPS = 1e-6
+WORTH = 0.02  # of the heuristic's time: two readings of one tile differ by about that
+QUICK = Effort(graph_ms=1.0, reading_ms=20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One matrix product of a layer: what it is, and who launches it."""
+
+    kernel: str  # linear | gate_up
+    num_tokens: int
+    width: int
+    depth: int
+    has_residual: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> str:
+        return matmul_shape(self.num_tokens, self.width, self.depth, self.has_residual)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight: gate and up where there are both."""
+        return self.width * (2 if self.kernel == "gate_up" else 1)
+
+    @property
+    def heuristic(self) -> Tile:
+        """What the launcher takes where tiles.json holds nothing."""
+        if self.num_tokens == 1:
+            return gemv.choose_tile(self.depth)
+        return choose_matmul_tile(
+            self.num_tokens,
+            self.width,
+            self.dtype,
+            gated=self.kernel == "gate_up",
+            has_residual=self.has_residual,
+        )
+
+    def build(
+        self, device: torch.device, num_sms: int | None
+    ) -> tuple[Callable[[int, Tile], Tensor], Tensor, int]:
+        """(run(copy, tile) -> out, what copy 0 is to give, copies to rotate over)."""
+        copies = copies_for(self.rows * self.depth * self.dtype.itemsize)
+        draw = Draw(device, self.dtype)
+        x = [draw.randn(self.num_tokens, self.depth) for _ in range(copies)]
+        w = [draw.randn(self.rows, self.depth, std=self.depth**-0.5) for _ in range(copies)]
+        residual = draw.randn(self.num_tokens, self.width) if self.has_residual else None
+        out = draw.empty(self.num_tokens, self.width)
+        rstd = draw.empty(self.num_tokens, dtype=torch.float32)
+        extra: dict[str, Any] = {"rms_eps": EPS}
+        if self.kernel == "linear":
+            extra = {"residual": residual} if self.has_residual else {"rms_eps": EPS}
+        launcher, twin = getattr(kernels, self.kernel), getattr(reference, self.kernel)
+
+        def run(copy: int, tile: Tile) -> Tensor:
+            return launcher(
+                x[copy], w[copy], **extra, rstd=rstd, out=out, tile=tile, num_sms=num_sms
+            )
+
+        return run, twin(x[0], w[0], **extra), copies
+
+
+def products(model: str, num_tokens: int) -> list[Product]:
+    """The products of a layer and the LM head at so many tokens."""
+    c = SHAPES[model]
+    hidden, width = c["hidden_size"], c["intermediate_size"]
+    q = c["num_attention_heads"] * c["head_dim"]
+    kv = c["num_key_value_heads"] * c["head_dim"]
+    plain = [
+        Product(kernel="linear", num_tokens=num_tokens, width=q + 2 * kv, depth=hidden),
+        Product(kernel="linear", num_tokens=num_tokens, width=hidden, depth=q, has_residual=True),
+        Product(
+            kernel="linear", num_tokens=num_tokens, width=hidden, depth=width, has_residual=True
+        ),
+        Product(kernel="linear", num_tokens=num_tokens, width=c["vocab_size"], depth=hidden),
+    ]
+    return [*plain, Product(kernel="gate_up", num_tokens=num_tokens, width=width, depth=hidden)]
+
+
+def candidates(num_tokens: int) -> list[Tile]:
+    """Tiles worth trying; those that do not fit a kernel or a GPU fail, and are passed over."""
+    if num_tokens == 1:
+        grid = itertools.product([1], [2, 4, 8], [512, 1024, 2048], [2, 4, 8], [2, 4])
+    elif num_tokens <= 64:
+        rows = [max(16, 1 << (num_tokens - 1).bit_length())]
+        grid = itertools.product(rows, [16, 32, 64], [64, 128, 256], [2, 4], [3, 4, 5, 6])
+    else:
+        grid = itertools.product([64, 128, 256], [32, 64, 128, 256], [64, 128], [4, 8], [3, 4, 5])
+    return [
+        Tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in grid
+        if m * n <= 128 * 256
+    ]
+
+
+def best_tile(
+    product: Product, tiles: Iterable[Tile], device: torch.device, num_sms: int | None
+) -> tuple[Tile | None, float, float]:
+    """(the tile that beats the heuristic, or None, its ms, the heuristic's ms)."""
+    run, expected, copies = product.build(device, num_sms)
+
+    def ms_of(tile: Tile) -> float:
+        run(0, tile).fill_(float("nan"))
+        error = row_error(run(0, tile), expected)
+        if not error <= BOUND[product.dtype]:
+            raise AssertionError(f"{tile} must be within {BOUND[product.dtype]:.2g}, got {error}")
+        return time_calls(lambda i: run(i, tile), copies, device, QUICK).p50
+
+    own_ms = ms_of(product.heuristic)
+    best, best_ms = None, own_ms * (1 - WORTH)
+    for tile in tiles:
+        try:
+            ms = ms_of(tile)
+        except (OutOfResources, PTXASError, RuntimeError):  # it does not fit the GPU
+            continue
+        if ms < best_ms:
+            best, best_ms = tile, ms
+    return best, best_ms if best else own_ms, own_ms
+
+
+def tune(
+    found: dict[TileKey, Tile],
+    todo: Sequence[tuple[Product, int]],
+    device: torch.device,
+    tiles_of: Callable[[int], list[Tile]] = candidates,
+) -> list[dict[str, Any]]:
+    """Measure each (product, num_sms) and change `found` by what came out; returns a row each."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rows = []
+    for product, num_sms in tqdm(todo, desc="tiles", disable=None):
+        key = TileKey(gpu, product.kernel, product.shape, num_sms)
+        found.pop(key, None)
+        tile, ms, own_ms = best_tile(product, tiles_of(product.num_tokens), device, num_sms or None)
+        if tile is not None:
+            found[key] = tile
+        rows.append(
+            {
+                "kernel": key.kernel,
+                "shape": key.shape,
+                "sms": num_sms,
+                "heuristic_us": own_ms * 1e3,
+                "best_us": ms * 1e3,
+                "tile": "heuristic" if tile is None else _short(tile),
+            }
+        )
+    return rows
+
+
+def _short(tile: Tile) -> str:
+    sizes = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+    return f"{sizes} {tile.num_warps} warps {tile.num_stages} stages"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune the products of each model; print what was found and write the file."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", nargs="+", default=["Qwen3-0.6B", "Qwen3-8B"], choices=SHAPES)
+    p.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 2048])
+    p.add_argument("--num-sms", nargs="+", type=int, default=[0], help="0: the whole GPU")
+    p.add_argument("--device", default="cuda:0")
+    p.add_argument("--tiles", type=Path, default=TILES_PATH)
+    args = p.parse_args(argv)
+    todo = [
+        (product, num_sms)
+        for model in args.model
+        for tokens in args.tokens
+        for product in products(model, tokens)
+        for num_sms in args.num_sms
+    ]
+    found = read_tiles(args.tiles) if args.tiles.exists() else {}
+    rows = tune(found, todo, torch.device(args.device))
+    write_tiles(found, args.tiles)
+    print(table(rows, list(rows[0])))
+
+
+if __name__ == "__main__":
+    main()
