@@ -54,6 +54,16 @@ class Product:
         return self.width * (2 if self.kernel == "gate_up" else 1)
 
     @property
+    def bytes(self) -> int:
+        """Weights, x and out, each moved once."""
+        elements = self.rows * self.depth + self.num_tokens * (self.depth + self.width)
+        return elements * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.num_tokens * self.rows * self.depth
+
+    @property
     def heuristic(self) -> Tile:
         """What the launcher takes where tiles.json holds nothing."""
         if self.num_tokens == 1:
@@ -123,10 +133,10 @@ def candidates(num_tokens: int) -> list[Tile]:
     ]
 
 
-def best_tile(
+def sweep(
     product: Product, tiles: Iterable[Tile], device: torch.device, num_sms: int | None
-) -> tuple[Tile | None, float, float]:
-    """(the tile that beats the heuristic, or None, its ms, the heuristic's ms)."""
+) -> list[tuple[Tile, float]]:
+    """(tile, ms) of every tile that runs, the heuristic's first. AssertionError: one is wrong."""
     run, expected, copies = product.build(device, num_sms)
 
     def ms_of(tile: Tile) -> float:
@@ -136,16 +146,25 @@ def best_tile(
             raise AssertionError(f"{tile} must be within {BOUND[product.dtype]:.2g}, got {error}")
         return time_calls(lambda i: run(i, tile), copies, device, QUICK).p50
 
-    own_ms = ms_of(product.heuristic)
-    best, best_ms = None, own_ms * (1 - WORTH)
+    readings = [(product.heuristic, ms_of(product.heuristic))]
     for tile in tiles:
         try:
-            ms = ms_of(tile)
+            readings.append((tile, ms_of(tile)))
         except (OutOfResources, PTXASError, RuntimeError):  # it does not fit the GPU
             continue
-        if ms < best_ms:
-            best, best_ms = tile, ms
-    return best, best_ms if best else own_ms, own_ms
+    return readings
+
+
+def winner(readings: Sequence[tuple[Tile, float]]) -> Tile | None:
+    """The fastest tile of a sweep, or None where the heuristic's, its first, is as good."""
+    tile, ms = min(readings, key=lambda reading: reading[1])
+    return tile if ms < readings[0][1] * (1 - WORTH) else None
+
+
+def key_of(product: Product, num_sms: int | None, device: torch.device) -> TileKey:
+    """Where tiles.json keeps the tile of this launch."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return TileKey(gpu, product.kernel, product.shape, num_sms or 0)
 
 
 def tune(
@@ -155,12 +174,12 @@ def tune(
     tiles_of: Callable[[int], list[Tile]] = candidates,
 ) -> list[dict[str, Any]]:
     """Measure each (product, num_sms) and change `found` by what came out; returns a row each."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows = []
     for product, num_sms in tqdm(todo, desc="tiles", disable=None):
-        key = TileKey(gpu, product.kernel, product.shape, num_sms)
+        key = key_of(product, num_sms, device)
         found.pop(key, None)
-        tile, ms, own_ms = best_tile(product, tiles_of(product.num_tokens), device, num_sms or None)
+        readings = sweep(product, tiles_of(product.num_tokens), device, num_sms or None)
+        tile = winner(readings)
         if tile is not None:
             found[key] = tile
         rows.append(
@@ -168,15 +187,16 @@ def tune(
                 "kernel": key.kernel,
                 "shape": key.shape,
                 "sms": num_sms,
-                "heuristic_us": own_ms * 1e3,
-                "best_us": ms * 1e3,
-                "tile": "heuristic" if tile is None else _short(tile),
+                "heuristic_us": readings[0][1] * 1e3,
+                "best_us": min(ms for _, ms in readings) * 1e3,
+                "tile": "heuristic" if tile is None else short(tile),
             }
         )
     return rows
 
 
-def _short(tile: Tile) -> str:
+def short(tile: Tile) -> str:
+    """A tile in few words."""
     sizes = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
     return f"{sizes} {tile.num_warps} warps {tile.num_stages} stages"
 

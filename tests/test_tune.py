@@ -5,7 +5,7 @@ import torch
 
 from experiments import tune
 from experiments.timing import Times
-from experiments.tune import Product, best_tile, candidates, products
+from experiments.tune import Product, candidates, products, sweep, winner
 from kernels import Tile
 from kernels.tiles import TileKey, read_tiles
 from tests.strategies import DEVICE
@@ -37,12 +37,14 @@ def clock(monkeypatch):
 def test_the_fastest_tile_is_found(clock, kernel):
     clock.update({16: 2.0, 32: 1.0, 64: 3.0})
     product = Product(kernel=kernel, num_tokens=3, width=40, depth=64, dtype=torch.float16)
-    assert best_tile(product, [SMALL, LARGE], device, None) == (LARGE, 1.0, 3.0)
+    readings = sweep(product, [SMALL, LARGE], device, None)
+    assert readings == [(Product.heuristic, 3.0), (SMALL, 2.0), (LARGE, 1.0)]
+    assert winner(readings) == LARGE
 
 
 def test_less_than_the_spread_of_readings_is_not_worth_a_line(clock):
     clock.update({16: 0.99, 32: 1.2, 64: 1.0})
-    assert best_tile(toy, [SMALL, LARGE], device, 2) == (None, 1.0, 1.0)
+    assert winner(sweep(toy, [SMALL, LARGE], device, 2)) is None
 
 
 def test_found_tiles_are_written_and_outdated_ones_dropped(clock):
@@ -62,7 +64,6 @@ def test_found_tiles_are_written_and_outdated_ones_dropped(clock):
 
 def test_a_wrong_result_is_never_timed(clock, monkeypatch):
     clock.update({16: 1.0, 32: 1.0, 64: 1.0})
-    monkeypatch.setattr(tune, "EPS", 1e-6)
     build = Product.build
 
     def off(self, *args):
@@ -71,7 +72,7 @@ def test_a_wrong_result_is_never_timed(clock, monkeypatch):
 
     monkeypatch.setattr(Product, "build", off)
     with pytest.raises(AssertionError, match="must be within"):
-        best_tile(toy, [SMALL], device, None)
+        sweep(toy, [SMALL], device, None)
 
 
 def test_a_tile_that_does_not_fit_is_passed_over(clock, monkeypatch):
@@ -89,7 +90,7 @@ def test_a_tile_that_does_not_fit_is_passed_over(clock, monkeypatch):
         return refuse, expected, copies
 
     monkeypatch.setattr(Product, "build", refusing)
-    assert best_tile(toy, [LARGE, SMALL], device, None) == (SMALL, 1.0, 2.0)
+    assert [tile for tile, _ in sweep(toy, [LARGE, SMALL], device, None)][1:] == [SMALL]
 
 
 def test_products_of_a_layer():
@@ -119,3 +120,9 @@ def test_the_command_line_writes_the_file(clock, tmp_path, monkeypatch, capsys):
     tune.main(["--model", "Qwen3-0.6B", "--tokens", "3", "--device", DEVICE, "--tiles", str(path)])
     assert list(read_tiles(path).values()) == [SMALL]
     assert "16x16x32" in capsys.readouterr().out
+
+
+def test_counts_of_a_product():
+    product = Product(kernel="gate_up", num_tokens=3, width=40, depth=64, dtype=torch.float16)
+    assert product.bytes == 2 * (80 * 64 + 3 * 64 + 3 * 40)
+    assert product.flops == 2 * 3 * 80 * 64
