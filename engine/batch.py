@@ -12,6 +12,16 @@ from engine.request import Request
 from engine.scheduler import PrefillChunk
 from models.decoder import AttentionBatch
 
+# the arguments of `kernels.sample` behind the logits, in its order
+SAMPLING = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seeds": np.int64,
+    "steps": np.int32,
+}
+
 BlockTableOf = Callable[[int], Sequence[int]]  # request_id -> its KV blocks in order
 
 
@@ -37,20 +47,27 @@ class SamplingTensors:
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> "SamplingTensors":
         """For requests whose newest token, still in flight, is the one to be drawn."""
-        params = [request.params for request in requests]
-        steps = [draw_index(request) for request in requests]
+        columns = sampling_columns(requests)
         return cls(
-            temperature=to_device([p.temperature for p in params], np.float32, device),
-            top_k=to_device([p.top_k for p in params], np.int32, device),
-            top_p=to_device([p.top_p for p in params], np.float32, device),
-            min_p=to_device([p.min_p for p in params], np.float32, device),
-            seeds=to_device([request.seed for request in requests], np.int64, device),
-            steps=to_device(steps, np.int32, device),
+            **{name: to_device(columns[name], dtype, device) for name, dtype in SAMPLING.items()}
         )
 
     def arguments(self) -> tuple[Tensor, ...]:
         """In the order that `kernels.sample` takes them behind the logits."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.steps)
+        return tuple(getattr(self, name) for name in SAMPLING)
+
+
+def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
+    """Those tensors' values on the host, by name."""
+    params = [request.params for request in requests]
+    return {
+        "temperature": [p.temperature for p in params],
+        "top_k": [p.top_k for p in params],
+        "top_p": [p.top_p for p in params],
+        "min_p": [p.min_p for p in params],
+        "seeds": [request.seed for request in requests],
+        "steps": [draw_index(request) for request in requests],
+    }
 
 
 def draw_index(request: Request) -> int:

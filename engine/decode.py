@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import BlockTableOf, Launched, draw_index, to_device
+from engine.batch import SAMPLING, BlockTableOf, Launched, sampling_columns, to_device
 from engine.kv_cache import KVCache
 from engine.request import Request
 from models.decoder import AttentionBatch, Decoder, StageBuffers
@@ -25,7 +25,6 @@ STEP_FIELDS = {
     "top_p": torch.float32,
     "min_p": torch.float32,
 }
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 
 
 @contextmanager
@@ -178,7 +177,6 @@ class DecodeWorker:
         block_size = self.kv_cache.block_size
         # the newest token's place: the one this step draws comes behind it
         positions = [request.num_tokens - 2 for request in requests]
-        params = [request.params for request in requests]
         return {
             "rows": [self._row_of[request.request_id] for request in requests],
             "positions": positions,
@@ -187,12 +185,7 @@ class DecodeWorker:
                 for request, p in zip(requests, positions, strict=True)
             ],
             "context_lens": [p + 1 for p in positions],
-            "seeds": [request.seed for request in requests],
-            "steps": [draw_index(request) for request in requests],
-            "temperature": [p.temperature for p in params],
-            "top_k": [p.top_k for p in params],
-            "top_p": [p.top_p for p in params],
-            "min_p": [p.min_p for p in params],
+            **sampling_columns(requests),
         }
 
     def _run(self, size: int) -> None:
@@ -233,6 +226,6 @@ class DecodeWorker:
         self.decoder.embed(token_ids, buffers)
         self.decoder.layers(buffers, batch, self.kv_cache.layers)
         logits = self.decoder.lm_head(buffers.hidden, buffers)
-        sampling = [inputs[name] for name in SAMPLING_FIELDS]
+        sampling = [inputs[name] for name in SAMPLING]
         self.decoder.ops.sample(logits, *sampling, out=sampled)
         self.token_ids.index_copy_(0, rows, sampled)

@@ -23,7 +23,6 @@ from kernels.tile import (
     require_paged,
     require_shape,
 )
-from kernels.tiles import attention_shape, tuned_tile
 
 MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
 MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
@@ -292,9 +291,6 @@ def decode_attention(
     if held[0] < num_requests or (held[1], held[3]) != (num_heads, head_dim):
         wanted = f"[>= {num_requests}, {num_heads}, {MAX_SPLITS}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} partial sums, got {list(held)}")
-    if tile is None and q.element_size() == 2:
-        shape = attention_shape(num_heads, num_kv_heads, head_dim)
-        tile = tuned_tile("decode_attention", shape, None, q.device)
     tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
     group = num_heads // num_kv_heads
     grid = (device_sms(q.device) if num_sms is None else num_sms) * PROGRAMS_PER_SM

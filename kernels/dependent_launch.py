@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before it still runs.
 
 On Hopper a launch may overlap the end of the one before it in the stream, or in a graph captured
-from it. Each kernel here lets its successor start at once, does what needs no input, and waits for
-its predecessor before it touches anything that a kernel may have written or may still read.
+from it. Each kernel here first lets its successor start, and then waits for its predecessor before
+it touches anything that a kernel may have written or may still read.
 """
 
 from functools import lru_cache

@@ -139,14 +139,12 @@ def _choose_tall_tile(num_tokens: int, width: int, gated: bool, has_residual: bo
     def num_tiles(tile: Tile) -> int:
         return cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
 
-    if width >= HEAD_WIDTH:
-        return _tile(128, 256, 64, 8, 4)
     tall = _tile(128, 256, 64, 8, 4)
     if gated:
         tall = _tile(128, 128, 64, 8, 3)
     elif has_residual:  # with it, the largest tile does not fit the registers
         tall = _tile(128, 128, 64, 8, 4)
-    if num_tokens > 512 and num_tiles(tall) >= ENOUGH_TILES:
+    if width >= HEAD_WIDTH or (num_tokens > 512 and num_tiles(tall) >= ENOUGH_TILES):
         return tall
     for tile in MIDDLE_TILES_GATED if gated else MIDDLE_TILES:
         if num_tiles(tile) >= ENOUGH_TILES:
@@ -232,8 +230,9 @@ def linear(
 
     rms_eps asks for rows of x scaled to a root mean square of one first: RMSNorm, whose weight is
     folded into `weight`; rstd: fp32, T or more, is scratch for it. bias: [N]; residual: [T, N],
-    which may be `out` itself. num_sms caps the grid to a partition. Raises ValueError where a shape
-    or a stride does not fit.
+    which may be `out` itself. num_sms caps the grid to a partition, but for a single token, whose
+    many short programs even out by themselves. Raises ValueError where a shape or a stride does not
+    fit.
     """
     num_tokens, K = x.shape
     N = weight.shape[0]

@@ -21,7 +21,6 @@ from kernels.tile import (
     require_paged,
     require_shape,
 )
-from kernels.tiles import attention_shape, tuned_tile
 
 
 @triton.jit
@@ -182,10 +181,6 @@ def prefill_attention(
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
         return out
-    if tile is None and q.element_size() == 2:
-        shape = attention_shape(num_heads, num_kv_heads, head_dim)
-        shape += f" q={next_power_of_2(max_query_len)}"
-        tile = tuned_tile("prefill_attention", shape, None, q.device)
     tile = choose_tile(max_query_len, head_dim, kv_cache.dtype) if tile is None else tile
     grid = (num_heads, num_requests, cdiv(max_query_len, tile.BLOCK_M))
     _prefill_attention_kernel[grid](

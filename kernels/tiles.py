@@ -1,4 +1,4 @@
-"""Launch choices found by measurement: tiles.json, by GPU, kernel, shape and partition.
+"""Tiles of matrix products found by measurement: tiles.json, by GPU, kernel, shape, partition.
 
 `python -m experiments.tune` writes it. What it does not hold is left to each launcher's heuristic;
 nothing is tuned while serving.
@@ -31,11 +31,6 @@ def matmul_shape(num_tokens: int, width: int, depth: int, has_residual: bool) ->
     """Bucket of a product [num_tokens, depth] x [depth, width]: tokens up to a power of two."""
     residual = " residual" if has_residual else ""
     return f"M={next_power_of_2(num_tokens)} N={width} K={depth}{residual}"
-
-
-def attention_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> str:
-    """Bucket of attention. Not of the batch: a request's bits must not depend on its neighbours."""
-    return f"H={num_heads} H_KV={num_kv_heads} D={head_dim}"
 
 
 def read_tiles(path: Path = TILES_PATH) -> dict[TileKey, Tile]:
