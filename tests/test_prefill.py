@@ -206,8 +206,9 @@ CASES = {
     "nothing is drawn": [(0, 20, 3), (8, 9, 1)],
     "the last is cut": [(0, 5, 0), (3, 6, 0), (0, 7, 40)],
 }
-INTERPRETED = ["one token behind a prefix", "one more than a bucket", "all rows"]
-INTERPRETED += ["the last is cut"]  # few, for the interpreter takes seconds for each
+# few, for the interpreter takes seconds for each
+INTERPRETED = ["one token behind a prefix", "a whole bucket", "one more than a bucket", "all rows"]
+INTERPRETED += ["the last is cut"]
 
 
 @given(spans=spans, seed=st.integers(0, 99))
