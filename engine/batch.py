@@ -1,6 +1,6 @@
 """Requests to the index tensors of one launch, and a launch's token ids back to the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,18 @@ SAMPLING = {
     "min_p": np.float32,
     "seeds": np.int64,
     "steps": np.int32,
+}
+
+# what a prefill launch reads; shapes stand at PrefillBatch
+PREFILL = {
+    "token_ids": np.int64,
+    "positions": np.int64,
+    "slot_mapping": np.int64,
+    "sampled_rows": np.int64,
+    "block_table": np.int32,
+    "context_lens": np.int32,
+    "cu_seqlens": np.int32,
+    **SAMPLING,
 }
 
 BlockTableOf = Callable[[int], Sequence[int]]  # request_id -> its KV blocks in order
@@ -44,21 +56,14 @@ class SamplingTensors:
     seeds: Tensor  # [B] int64
     steps: Tensor  # [B] int32, tokens the request has generated before this one
 
-    @classmethod
-    def of(cls, requests: Sequence[Request], device: torch.device) -> "SamplingTensors":
-        """For requests whose newest token, still in flight, is the one to be drawn."""
-        columns = sampling_columns(requests)
-        return cls(
-            **{name: to_device(columns[name], dtype, device) for name, dtype in SAMPLING.items()}
-        )
-
     def arguments(self) -> tuple[Tensor, ...]:
         """In the order that `kernels.sample` takes them behind the logits."""
         return tuple(getattr(self, name) for name in SAMPLING)
 
 
 def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
-    """Those tensors' values on the host, by name."""
+    """Those tensors' values on the host, by name, for requests whose newest token, still in
+    flight, is the one to be drawn."""
     params = [request.params for request in requests]
     return {
         "temperature": [p.temperature for p in params],
@@ -81,61 +86,61 @@ class PrefillBatch:
 
     token_ids: Tensor  # [T] int64
     attention: AttentionBatch
-    sampled: list[Request]  # those whose last chunk this is
-    sampled_rows: Tensor  # [len(sampled)] int64, their last token's row
+    sampled_rows: Tensor  # [B] int64, the last token's row of each prompt that ends here
     sampling: SamplingTensors
 
     @classmethod
-    def of(
-        cls,
-        chunks: Sequence[PrefillChunk],
-        table_of: BlockTableOf,
-        block_size: int,
-        device: torch.device,
-    ) -> "PrefillBatch":
-        """The index tensors of these chunks, on the device."""
-        lens = [chunk.num_tokens for chunk in chunks]
-        ends = np.cumsum(lens)
-        sampled = [chunk.request for chunk in chunks if chunk.is_last]
-        last_rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
-        token_ids = [
-            token_id
-            for chunk in chunks
-            for token_id in chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens]
-        ]
+    def of(cls, columns: Mapping[str, Any], device: torch.device) -> "PrefillBatch":
+        """What `prefill_columns` gives, on the device."""
+        tensors = {name: to_device(columns[name], dtype, device) for name, dtype in PREFILL.items()}
+        return cls.of_tensors(tensors, int(np.diff(columns["cu_seqlens"]).max()))
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], max_query_len: int) -> "PrefillBatch":
+        """Those tensors by the names of PREFILL; max_query_len: tokens of the longest chunk."""
+        names = ("positions", "slot_mapping", "block_table", "context_lens", "cu_seqlens")
+        attention = {name: tensors[name] for name in names}
         return cls(
-            token_ids=to_device(token_ids, np.int64, device),
-            attention=_prefill_attention_batch(chunks, ends, table_of, block_size, device),
-            sampled=sampled,
-            sampled_rows=to_device(last_rows, np.int64, device),
-            sampling=SamplingTensors.of(sampled, device),
+            token_ids=tensors["token_ids"],
+            attention=AttentionBatch(**attention, max_query_len=max_query_len),
+            sampled_rows=tensors["sampled_rows"],
+            sampling=SamplingTensors(**{name: tensors[name] for name in SAMPLING}),
         )
 
 
-def _prefill_attention_batch(
-    chunks: Sequence[PrefillChunk],
-    ends: np.ndarray,
-    table_of: BlockTableOf,
-    block_size: int,
-    device: torch.device,
-) -> AttentionBatch:
+def sampled_requests(chunks: Sequence[PrefillChunk]) -> list[Request]:
+    """Those whose last chunk this is, in order: a token is drawn for each."""
+    return [chunk.request for chunk in chunks if chunk.is_last]
+
+
+def prefill_columns(
+    chunks: Sequence[PrefillChunk], table_of: BlockTableOf, block_size: int
+) -> dict[str, Any]:
+    """The values on the host of all that PREFILL names."""
+    ends = np.cumsum([chunk.num_tokens for chunk in chunks])
     positions = [np.arange(c.start, c.start + c.num_tokens) for c in chunks]
     tables = [np.asarray(table_of(c.request.request_id), dtype=np.int32) for c in chunks]
     slots = [
         table[p // block_size].astype(np.int64) * block_size + p % block_size
         for table, p in zip(tables, positions, strict=True)
     ]
-    padded = np.zeros((len(chunks), max(map(len, tables))), dtype=np.int32)
-    for row, table in zip(padded, tables, strict=True):
+    block_table = np.zeros((len(chunks), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(block_table, tables, strict=True):
         row[: len(table)] = table
-    return AttentionBatch(
-        positions=to_device(np.concatenate(positions), np.int64, device),
-        slot_mapping=to_device(np.concatenate(slots), np.int64, device),
-        block_table=to_device(padded, np.int32, device),
-        context_lens=to_device([c.start + c.num_tokens for c in chunks], np.int32, device),
-        cu_seqlens=to_device([0, *ends], np.int32, device),
-        max_query_len=max(c.num_tokens for c in chunks),
-    )
+    return {
+        "token_ids": [
+            token_id
+            for chunk in chunks
+            for token_id in chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        ],
+        "positions": np.concatenate(positions),
+        "slot_mapping": np.concatenate(slots),
+        "sampled_rows": [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last],
+        "block_table": block_table,
+        "context_lens": [chunk.start + chunk.num_tokens for chunk in chunks],
+        "cu_seqlens": [0, *ends],
+        **sampling_columns(sampled_requests(chunks)),
+    }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.decode import DecodeWorker
 from engine.kv_cache import KVCache, num_blocks_that_fit
-from engine.prefill import PrefillWorker
+from engine.prefill import PrefillWorker, token_buckets
 from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler
 from engine.stats import EngineStats
@@ -69,15 +69,25 @@ class Core:
             self.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching
         )
         self.max_model_len = min(model_len, self.kv_cache.num_blocks * config.block_size)
-        self.prefill = PrefillWorker(decoder, self.kv_cache, prefill_buffers, device=device)
         # the references look at values on the host, which a capture does not allow
         use_graphs = device.type == "cuda" and kernels == "triton" and not config.enforce_eager
+        # one for both workers: their launches follow each other on one stream
+        graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        self.prefill = PrefillWorker(
+            decoder,
+            self.kv_cache,
+            prefill_buffers,
+            max_model_len=self.max_model_len,
+            buckets=token_buckets(model_config, num_tokens) if use_graphs else [],
+            graph_pool=graph_pool,
+            device=device,
+        )
         self.decode = DecodeWorker(
             decoder,
             self.kv_cache,
             decode_buffers,
             max_model_len=self.max_model_len,
-            use_graphs=use_graphs,
+            graph_pool=graph_pool,
             device=device,
         )
         self.scheduler = Scheduler(
@@ -90,6 +100,8 @@ class Core:
         if use_graphs:
             self.prefill.warm_up()
             self.decode.warm_up()
+            for graphs in (self.prefill.graphs, self.decode.graphs):
+                self.stats.graphs_captured(len(graphs.captured), graphs.capture_ms)
 
     def _on_device(self) -> AbstractContextManager[object]:
         stack = ExitStack()

@@ -1,82 +1,30 @@
 """DecodeWorker: one token for every running request, as one CUDA graph per batch bucket."""
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch import SAMPLING, BlockTableOf, Launched, sampling_columns, to_device
+from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
 from engine.request import Request
 from models.decoder import AttentionBatch, Decoder, StageBuffers
 
 STEP_FIELDS = {
-    "rows": torch.int64,  # the request's row in the tables that stay on the device
-    "positions": torch.int64,
-    "slot_mapping": torch.int64,
-    "seeds": torch.int64,
-    "context_lens": torch.int32,
-    "top_k": torch.int32,
-    "steps": torch.int32,
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
+    "rows": np.int64,  # the request's row in the tables that stay on the device
+    "positions": np.int64,
+    "slot_mapping": np.int64,
+    "context_lens": np.int32,
+    **SAMPLING,
 }
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A graph of an engine long gone, destroyed in the middle of a capture, would spoil it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
     """Batch sizes that get a graph: each step pads to the next, few rows beyond what it needs."""
     sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)}
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
-
-
-class StepInputs:
-    """What changes from step to step, [B] each, in one buffer that moves in one copy."""
-
-    def __init__(self, max_batch: int, padding_row: int, device: torch.device) -> None:
-        """padding_row: the table row that rows of no request read and write."""
-        self._padding_row = padding_row
-        self._is_cuda = device.type == "cuda"
-        self._offsets: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, dtype in STEP_FIELDS.items():
-            self._offsets[name] = (end, end + max_batch * dtype.itemsize)
-            end += max_batch * dtype.itemsize
-        self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.tensors = self._views(self._bytes)
-
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        return {
-            name: buffer[start:end].view(STEP_FIELDS[name])
-            for name, (start, end) in self._offsets.items()
-        }
-
-    def upload(self, columns: dict[str, Sequence[int] | Sequence[float]], size: int) -> None:
-        """Fill the first rows of each field, those up to `size` with padding, and send them."""
-        # a new host buffer each time: the copy of the last step may not have run yet
-        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
-        views = {name: view.numpy() for name, view in self._views(host).items()}
-        for name, values in columns.items():
-            views[name][: len(values)] = values
-        num_rows = len(columns["rows"])
-        views["rows"][num_rows:size] = self._padding_row
-        views["slot_mapping"][num_rows:size] = -1
-        self._bytes.copy_(host, non_blocking=True)
 
 
 class DecodeWorker:
@@ -93,18 +41,21 @@ class DecodeWorker:
         buffers: StageBuffers,
         *,
         max_model_len: int,
-        use_graphs: bool,
+        graph_pool: GraphPool | None,
         device: torch.device,
     ) -> None:
-        """buffers: for as many tokens and rows as one step may have requests."""
+        """buffers: for as many tokens and rows as one step may have requests; graph_pool: see
+        `StepGraphs`, None for no graphs."""
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.buffers = buffers
         self.device = device
         max_num_seqs = len(buffers.logits)
         self.buckets = batch_buckets(max_num_seqs)
+        fields = {name: (dtype, (max_num_seqs,)) for name, dtype in STEP_FIELDS.items()}
+        self.inputs = StaticInputs(fields, device)
         # one row more than there can be requests: padding reads and writes it
-        self.inputs = StepInputs(max_num_seqs, max_num_seqs, device)
+        self._padding = {"rows": max_num_seqs, "slot_mapping": -1}
         max_blocks = -(-max_model_len // kv_cache.block_size)
         options = {"dtype": torch.int64, "device": device}
         self.token_ids = torch.zeros(max_num_seqs + 1, **options)  # newest of each row
@@ -117,9 +68,7 @@ class DecodeWorker:
         self._row_of: dict[int, int] = {}  # request_id -> row
         self._num_blocks_sent: dict[int, int] = {}  # request_id -> blocks in its device row
         self._free_rows = list(range(max_num_seqs))[::-1]
-        self._use_graphs = use_graphs
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        self.graphs = StepGraphs(device, graph_pool)
 
     def admit(self, requests: Sequence[Request], token_ids: Tensor) -> None:
         """Give each request a row and put its newest token there. token_ids: [B] int64."""
@@ -142,16 +91,16 @@ class DecodeWorker:
         """One token for each of these admitted requests."""
         self._send_blocks(requests, table_of)
         size = next(bucket for bucket in self.buckets if bucket >= len(requests))
-        self.inputs.upload(self._columns(requests, table_of), size)
-        self._run(size)
+        self.inputs.upload(self._columns(requests, table_of), self._padding)
+        self.graphs.run(size, self._step)
         num_rows = len(requests)
         return Launched(requests, self._sampled[:num_rows], self.buffers.logits[:num_rows])
 
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs of every bucket, over padding alone."""
         for size in reversed(self.buckets):
-            self.inputs.upload({"rows": []}, size)
-            self._run(size)
+            self.inputs.upload({}, self._padding)
+            self.graphs.run(size, self._step)
 
     def _send_blocks(self, requests: Sequence[Request], table_of: BlockTableOf) -> None:
         """Append to the device's block tables what was granted since the last step."""
@@ -187,25 +136,6 @@ class DecodeWorker:
             "context_lens": [p + 1 for p in positions],
             **sampling_columns(requests),
         }
-
-    def _run(self, size: int) -> None:
-        if size in self._graphs:
-            self._graphs[size].replay()
-            return
-        self._step(size)
-        if self._use_graphs:  # the step above compiled what a capture must not compile
-            self._graphs[size] = self._capture(size)
-
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        options = {
-            "pool": self._graph_pool,
-            "stream": torch.cuda.current_stream(self.device),
-            "capture_error_mode": "thread_local",  # another engine may work in another thread
-        }
-        with _no_garbage_collection(), torch.cuda.graph(graph, **options):
-            self._step(size)
-        return graph
 
     def _step(self, size: int) -> None:
         """Embed to sampled token for the first `size` rows of the inputs, in static buffers."""

@@ -23,6 +23,8 @@ class EngineStats:
     num_decode_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_graphs: int = 0  # CUDA graphs, of prefill and decode
+    capture_ms: float = 0.0  # of the start-up's time, what capturing them took
     finished: dict[str, int] = field(default_factory=dict)  # finish_reason -> requests
     _latencies: deque[dict[str, float | int | None]] = field(
         default_factory=lambda: deque(maxlen=WINDOW)
@@ -37,6 +39,11 @@ class EngineStats:
         """Count one decode step of so many requests."""
         self.num_decode_launches += 1
         self.num_decode_tokens += num_tokens
+
+    def graphs_captured(self, num_graphs: int, capture_ms: float) -> None:
+        """Count CUDA graphs captured in so many milliseconds."""
+        self.num_graphs += num_graphs
+        self.capture_ms += capture_ms
 
     def request_finished(self, request: Request) -> None:
         """Count a request that has ended, however it did."""

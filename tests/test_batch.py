@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from engine.batch import (
     Launched,
     PrefillBatch,
-    SamplingTensors,
     TokenLogprobs,
     draw_index,
+    prefill_columns,
+    sampled_requests,
+    sampling_columns,
     to_device,
     to_host,
 )
@@ -36,7 +38,7 @@ def chunk(request_id: int, num_tokens: int, start: int = 0, stop: int | None = N
 
 
 def batch(chunks, tables, block_size=4) -> PrefillBatch:
-    return PrefillBatch.of(chunks, tables.__getitem__, block_size, CPU)
+    return PrefillBatch.of(prefill_columns(chunks, tables.__getitem__, block_size), CPU)
 
 
 def test_a_ragged_batch_of_whole_cut_and_continued_prompts():
@@ -61,7 +63,7 @@ def test_a_ragged_batch_of_whole_cut_and_continued_prompts():
     assert attention.context_lens.tolist() == [3, 9, 5, 1]
     assert attention.cu_seqlens.tolist() == [0, 3, 8, 13, 14]
     assert attention.max_query_len == 5
-    assert [request.request_id for request in made.sampled] == [1, 2, 4]
+    assert [request.request_id for request in sampled_requests(chunks)] == [1, 2, 4]
     assert made.sampled_rows.tolist() == [2, 7, 13]
     assert made.sampling.seeds.tolist() == [51, 52, 54]
 
@@ -78,8 +80,9 @@ def test_dtypes_are_those_that_kernels_take():
 
 
 def test_a_batch_of_which_nothing_is_sampled():
-    made = batch([chunk(1, 9, stop=4)], {1: [0, 1, 2]})
-    assert made.sampled == [] and made.sampled_rows.shape == (0,)
+    chunks = [chunk(1, 9, stop=4)]
+    made = batch(chunks, {1: [0, 1, 2]})
+    assert sampled_requests(chunks) == [] and made.sampled_rows.shape == (0,)
     assert all(t.shape == (0,) for t in made.sampling.arguments())
 
 
@@ -114,23 +117,28 @@ def test_each_token_goes_to_the_slot_of_its_position(spans, block_size, seed):
             assert made.token_ids[row] == 100 * i + position
 
 
-def test_sampling_tensors_follow_the_params():
-    params = [
-        SamplingParams(temperature=0.0, seed=-5),
-        SamplingParams(temperature=0.7, top_k=9, top_p=0.5, min_p=0.25),
+def test_sampling_follows_the_params():
+    fields = {"top_k": 9, "top_p": 0.5, "min_p": 0.25}
+    chunks = [
+        chunk(1, 2, temperature=0.0, seed=-5),
+        chunk(2, 2, temperature=0.7, **fields),
+        chunk(3, 2, stop=1, temperature=0.9),  # draws nothing yet
     ]
-    requests = [Request(i, [1, 2], p, seed=77) for i, p in enumerate(params)]
-    requests[0].num_in_flight = 1
-    requests[1].token_ids += [3, 4]
-    requests[1].num_in_flight = 2
-    made = SamplingTensors.of(requests, CPU)
-    assert made.temperature.tolist() == pytest.approx([0.0, 0.7])
-    assert (made.top_k.tolist(), made.top_p.tolist()) == ([0, 9], [1.0, 0.5])
-    assert (made.min_p.tolist(), made.seeds.tolist()) == ([0.0, 0.25], [-5, 77])
-    assert made.steps.tolist() == [0, 3] == [draw_index(r) for r in requests]
-    names = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
-    for tensor, name in zip(made.arguments(), names, strict=True):
-        assert tensor is getattr(made, name)
+    chunks[1].request.token_ids += [3, 4]
+    chunks[1].request.num_in_flight = 2
+    wanted = {
+        "temperature": [0.0, 0.7],
+        "top_k": [0, 9],
+        "top_p": [1.0, 0.5],
+        "min_p": [0.0, 0.25],
+        "seeds": [-5, 52],  # the request's own comes before the engine's
+        "steps": [0, 3],
+    }
+    assert sampling_columns(sampled_requests(chunks)) == wanted
+    sampling = batch(chunks, {1: [0], 2: [1], 3: [2]}).sampling
+    for tensor, values in zip(sampling.arguments(), wanted.values(), strict=True):
+        assert tensor.tolist() == pytest.approx(values)
+    assert [draw_index(c.request) for c in chunks[:2]] == [0, 3]
 
 
 def test_a_draw_index_is_the_same_after_preemption():

@@ -12,6 +12,7 @@ import torch
 import kernels
 from engine import LLM, SamplingParams
 from engine.decode import batch_buckets
+from engine.prefill import TOKEN_BUCKETS
 from experiments.shapes import write_config
 from kernels import reference
 from models.config import ModelConfig
@@ -68,12 +69,18 @@ def assert_same_or_near_ties(outputs: list[dict], others: list[dict], tolerance:
                 break
 
 
+def without_padded_prefill(llm: LLM) -> None:
+    """Padding picks other tiles, which round otherwise: off where decode is held to the bit."""
+    llm._core.prefill.buckets.clear()
+
+
 @pytest.mark.parametrize("num", [1, 3, 17])
-def test_graphs_and_eager_give_identical_tokens(folder, num):
+def test_decode_graphs_and_eager_give_identical_tokens(folder, num):
     prompts, found = prompts_of(num), []
     for enforce_eager in (False, True):
         with gpu_llm(folder, enforce_eager=enforce_eager) as llm:
-            assert bool(llm._core.decode._graphs) != enforce_eager
+            without_padded_prefill(llm)
+            assert bool(llm._core.decode.graphs.captured) != enforce_eager
             found.append(tokens(llm, prompts))
             found.append(tokens(llm, prompts, SamplingParams(seed=1, max_tokens=8)))
     assert found[0] == found[2] and found[1] == found[3]
@@ -87,11 +94,85 @@ def test_graphs_replay_right_after_many_batch_sizes(folder):
     found = []
     for enforce_eager in (False, True):
         with gpu_llm(folder, enforce_eager=enforce_eager) as llm:
+            without_padded_prefill(llm)
             found.append([tokens(llm, prompts, params) for _ in range(2)])
             found[-1].append([tokens(llm, [prompt], greedy(5)) for prompt in prompts[:3]])
             if not enforce_eager:
-                assert sorted(llm._core.decode._graphs) == batch_buckets(MAX_NUM_SEQS)
+                captured = llm._core.decode.graphs.captured
+                assert sorted(captured) == batch_buckets(MAX_NUM_SEQS)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prefill_graphs_and_eager_give_the_same_tokens(folder, dtype):
+    """Every bucket, filled and by one token exceeded, alone and several prompts a launch."""
+    lengths = [n + more for n in TOKEN_BUCKETS if n < 1000 for more in (0, 1)]
+    prompts = [prompts_of(1, seed=n, longest=1)[0] * n for n in lengths]
+    prompts = [[(t + i * i) % 10_000 for i, t in enumerate(prompt)] for prompt in prompts]
+    groups = [[prompt] for prompt in prompts] + [prompts[i : i + 3] for i in range(len(prompts))]
+    found = []
+    for enforce_eager in (False, True):
+        options = {"dtype": dtype, "enforce_eager": enforce_eager, "enable_prefix_caching": False}
+        with gpu_llm(folder, **options) as llm:
+            poison(llm)
+            graphs, stats = llm._core.prefill.graphs, llm.stats()
+            assert sorted(graphs.captured) == ([] if enforce_eager else list(TOKEN_BUCKETS))
+            assert (stats["num_graphs"] > len(TOKEN_BUCKETS)) != enforce_eager
+            assert (stats["capture_ms"] > 0) != enforce_eager
+            found.append(
+                [o for group in groups for o in llm.generate(group, greedy(4, logprobs=20))]
+            )
+    assert_same_or_near_ties(found[1], found[0], LOGIT_TOLERANCE[dtype])
+    for one, other in zip(*found, strict=True):
+        first, second = one["logprobs"][0], other["logprobs"][0]
+        for token_id in first.keys() & second.keys():
+            assert abs(first[token_id] - second[token_id]) <= LOGIT_TOLERANCE[dtype]
+        assert first.keys() & second.keys(), "no likely token in common"
+    assert len({token_id for output in found[0] for token_id in output["token_ids"]}) > 3
+
+
+def poison(llm: LLM) -> None:
+    """NaN in every KV block and in all that prefill reads or writes; nothing is owned yet."""
+    core = llm._core
+    core.kv_cache.blocks.fill_(float("nan"))
+    buffers = core.prefill.buffers
+    for name in ("hidden", "rstd", "normed", "qkv", "q", "attention", "act", "logits"):
+        getattr(buffers, name).fill_(float("nan"))
+
+
+def test_prefill_graphs_under_load_give_the_tokens_of_eager(folder):
+    """Chunked, cached and preempted prompts; launches of many chunks are eager in between."""
+    shared = prompts_of(1, seed=21, longest=1)[0] * 100
+    prompts = [shared + prompt for prompt in prompts_of(10, seed=22)] + prompts_of(20, seed=23)
+    options = {"dtype": "float32", "num_kv_blocks": 40, "max_num_batched_tokens": 300}
+    found = []
+    for enforce_eager in (False, True):
+        with gpu_llm(folder, enforce_eager=enforce_eager, **options) as llm:
+            poison(llm)
+            outputs = llm.generate(prompts, greedy(60, logprobs=20))
+            stats = llm.stats()
+            assert stats["num_preemptions"] > 0 and stats["num_cached_tokens"] > 0
+            assert_idle(llm)
+            found.append(outputs)
+    assert_same_or_near_ties(found[1], found[0], LOGIT_TOLERANCE["float32"])
+
+
+def test_a_prefill_graph_leaves_logits_and_tokens_of_launches_in_flight_alone(folder):
+    """Requests that arrive step by step: a replay overwrites what the one before has drawn."""
+    prompts = prompts_of(12, seed=24)
+    params = [SamplingParams(seed=i, max_tokens=5, ignore_eos=True, logprobs=3) for i in range(12)]
+    with gpu_llm(folder, dtype="float32", enable_prefix_caching=False) as llm:
+        wanted = [llm.generate([p], q)[0] for p, q in zip(prompts, params, strict=True)]
+        ids, last = [], {}
+        for prompt, one in zip(prompts, params, strict=True):
+            ids.append(llm.add_request(prompt, one))
+            last |= {o["request_id"]: o for o in llm.step() if o["finished"]}
+        last |= run_all(llm)
+        assert_idle(llm)
+    for request_id, output in zip(ids, wanted, strict=True):
+        assert last[request_id]["token_ids"] == output["token_ids"]
+        for one, other in zip(last[request_id]["logprobs"], output["logprobs"], strict=True):
+            assert one == pytest.approx(other, abs=LOGIT_TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -256,7 +337,8 @@ def test_a_failed_launch_loses_no_request(folder, worker, monkeypatch):
 
 def test_two_engines_on_one_gpu(folder):
     prompts = prompts_of(3, seed=17)
-    with gpu_llm(folder) as one, gpu_llm(folder, seed=1) as other:
+    options = {"enable_prefix_caching": False}  # a shorter prefill may round otherwise
+    with gpu_llm(folder, **options) as one, gpu_llm(folder, seed=1, **options) as other:
         wanted = [tokens(one, prompts), tokens(other, prompts)]
         ids = [[llm.add_request(prompt, greedy()) for prompt in prompts] for llm in (one, other)]
         last: list[dict[int, dict]] = [{}, {}]
@@ -269,7 +351,7 @@ def test_two_engines_on_one_gpu(folder):
 
 
 def test_the_caller_may_have_a_stream_and_a_graph_of_his_own(folder):
-    with gpu_llm(folder) as llm:
+    with gpu_llm(folder, enable_prefix_caching=False) as llm:
         wanted = tokens(llm, prompts_of(3))
         before = torch.cuda.current_stream()
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kernels
 from engine import LLM, SamplingParams
-from engine.batch import PrefillBatch
+from engine.batch import PrefillBatch, prefill_columns
 from engine.kv_cache import KVCache
 from engine.request import Request
 from engine.scheduler import PrefillChunk
@@ -163,8 +163,8 @@ class Runner:
             self._grow(request_id, len(token_ids))
             request = Request(request_id, token_ids, SamplingParams())
             scheduled.append(PrefillChunk(request, start, len(token_ids) - start, False, 0))
-        device = torch.device(DEVICE)
-        batch = PrefillBatch.of(scheduled, self.tables.__getitem__, self.block_size, device)
+        columns = prefill_columns(scheduled, self.tables.__getitem__, self.block_size)
+        batch = PrefillBatch.of(columns, torch.device(DEVICE))
         logits = self._logits(batch.token_ids, batch.attention, decode=False)
         return list(logits.split([chunk.num_tokens for chunk in scheduled]))
 

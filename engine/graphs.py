@@ -1,0 +1,106 @@
+"""Launches of fixed size: inputs that stay in place, sent in one copy, and CUDA graphs of steps."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes; Triton compiles anew for a pointer that is aligned to less
+
+GraphPool = tuple[int, int]  # what torch.cuda.graph_pool_handle gives
+
+
+class StaticInputs:
+    """What changes from launch to launch, in one buffer on the device that one copy fills."""
+
+    def __init__(
+        self, fields: Mapping[str, tuple[type, tuple[int, ...]]], device: torch.device
+    ) -> None:
+        """fields: name -> (numpy dtype, shape). `tensors` has them by name, at fixed addresses."""
+        self._is_cuda = device.type == "cuda"
+        self._fields: dict[str, tuple[slice, torch.dtype, tuple[int, ...]]] = {}
+        end = 0
+        for name, (dtype, shape) in fields.items():
+            start, num_bytes = end, math.prod(shape) * np.dtype(dtype).itemsize
+            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+            self._fields[name] = (slice(start, start + num_bytes), torch_dtype, shape)
+            end = start + -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
+        self.tensors = self._views(self._bytes)
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {
+            name: buffer[span].view(dtype).view(shape)
+            for name, (span, dtype, shape) in self._fields.items()
+        }
+
+    def upload(self, columns: Mapping[str, Any], padding: Mapping[str, int]) -> None:
+        """Send new values for every field, without waiting for the device.
+
+        columns: name -> values, which take the first places along each dim of their field; the
+        others hold the field's padding, or 0.
+        """
+        # a new host buffer each time: the copy of the last launch may not have run yet
+        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
+        for name, view in self._views(host).items():
+            array, values = view.numpy(), np.asarray(columns.get(name, ()))
+            if name in padding:
+                array.fill(padding[name])
+            if values.size:
+                array[tuple(map(slice, values.shape))] = values
+        self._bytes.copy_(host, non_blocking=True)
+
+
+class StepGraphs:
+    """A CUDA graph for each size of a step, captured the first time that the size runs."""
+
+    def __init__(self, device: torch.device, pool: GraphPool | None) -> None:
+        """pool: where captures allocate; None: nothing is captured, every step runs as it is.
+
+        Steps that share a pool must run on one stream: they write to the same memory.
+        """
+        self.device = device
+        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.capture_ms = 0.0  # host time of all captures
+        self._pool = pool
+
+    def run(self, size: int, step: Callable[[int], None]) -> None:
+        """step(size), or its replay. What it reads and writes must be in place from call to call,
+        and it must not look at values on the host."""
+        if size in self.captured:
+            self.captured[size].replay()
+            return
+        step(size)
+        if self._pool is not None:  # the step above compiled what a capture must not compile
+            self.captured[size] = self._capture(size, step)
+
+    def _capture(self, size: int, step: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+        start = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        options = {
+            "pool": self._pool,
+            "stream": torch.cuda.current_stream(self.device),
+            "capture_error_mode": "thread_local",  # another engine may work in another thread
+        }
+        with _no_garbage_collection(), torch.cuda.graph(graph, **options):
+            step(size)
+        self.capture_ms += (time.perf_counter() - start) * 1e3
+        return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph of an engine long gone, destroyed in the middle of a capture, would spoil it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
