@@ -89,7 +89,7 @@ class DecodeAttention(AttentionCase):
         q = draw.randn(len(context_lens), self.num_heads, self.head_dim)
         out, scale = torch.empty_like(q), self.head_dim**-0.5
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        workspace = kernels.decode_workspace(len(context_lens), *heads, device)
+        workspace = kernels.decode_workspace(*heads, device)
 
         def ours(i: int, num_sms: int | None) -> None:
             kernels.decode_attention(

@@ -1,8 +1,11 @@
 """Paged attention of one new token per request, split over the context, all in one launch.
 
-Flash-decoding (Dao et al., 2023). A context is cut into splits by its own length alone, and splits
-are folded in order, always by the same arithmetic; the batch decides only how many of them one
-program works off in a run. So a request's output does not depend, to the bit, on its neighbours.
+Flash-decoding (Dao et al., 2023) with its work dealt out as Stream-K does (Osama et al., 2023). A
+context is cut into splits by its own length alone; all splits of the batch, one request after the
+other, are dealt in runs of equal length to groups of programs, one for each kv head, that read the
+same blocks side by side. Each split is summed up by itself, and a request's splits are always
+joined by the same arithmetic, so that its output does not depend, to the bit, on its neighbours or
+on how many programs there are.
 """
 
 import math
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import launch_options, wait_for_inputs
+from kernels.dependent_launch import launch_options, let_next_start, wait_for_previous
 from kernels.tile import (
     Tile,
     device_sms,
@@ -24,75 +27,105 @@ from kernels.tile import (
     require_shape,
 )
 
-MAX_SPLITS = 16  # splits of one context: 16 x 8 kv heads fill 132 SMs at batch 1
-MIN_SPLIT_LEN = 256  # tokens a split holds at least: below, its start costs more than its reads
-RUNS_PER_PROGRAM = 2  # runs dealt to each program, where there are splits enough to choose
-FOLD_AHEAD = 4  # partial results that are loaded together when splits are joined
-PROGRAMS_PER_SM = 6  # of two warps each: many small ones hide each other's start
+SPLIT_LEN = 256  # tokens in a split: with fewer, joining them costs too much beside reading them
+MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves programs without work:
+FEW_SPLITS = 4  # into so many, if each has the least
+MAX_SPLITS = 128  # splits of one context
+JOIN_AHEAD = 8  # partial results that are loaded together when splits are joined
+PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
+PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Scratch of `decode_attention`, for one stream at a time; counters start and end at zero."""
+    """Scratch of `decode_attention`, for one stream at a time; counters start and end at zero.
 
-    partial: Tensor  # [B, H, MAX_SPLITS, D] fp32, each split's weighted values
-    max_sum: Tensor  # [B, H, MAX_SPLITS, 2] fp32, each split's maximum (base 2) and sum
-    arrived: Tensor  # [B, H_KV] int32, splits that are done
+    Two places for each program, each for the splits of one request.
+    """
+
+    partial: Tensor  # [places, MAX_SPLITS, H / H_KV, D] fp32, each split's weighted values
+    max_sum: Tensor  # [places, MAX_SPLITS, H / H_KV, 2] fp32, its maximum (base 2) and sum
+    arrived: Tensor  # [places] int32, splits that are done
 
 
 def decode_workspace(
-    max_batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
 ) -> DecodeWorkspace:
-    """Scratch for batches of up to `max_batch` requests on `device`."""
-    shape = (max_batch, num_heads, MAX_SPLITS)
+    """Scratch for batches of any size on `device`."""
+    device = torch.device(device)
+    places = 2 * _num_programs(device_sms(device), device, num_kv_heads)
+    shape = (places, MAX_SPLITS, num_heads // num_kv_heads)
     return DecodeWorkspace(
         partial=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
         max_sum=torch.empty(*shape, 2, dtype=torch.float32, device=device),
-        arrived=torch.zeros(max_batch, num_kv_heads, dtype=torch.int32, device=device),
+        arrived=torch.zeros(places, dtype=torch.int32, device=device),
     )
 
 
+def _num_programs(num_sms: int, device: torch.device, num_kv_heads: int) -> int:
+    """For so many SMs of the device: as many groups as fit, one at least."""
+    all_sms = device_sms(device)
+    num_sms = min(num_sms, all_sms)
+    is_few = num_sms * PROGRAMS_PER_SM_OF_FEW <= all_sms * PROGRAMS_PER_SM
+    num_programs = num_sms * (PROGRAMS_PER_SM_OF_FEW if is_few else PROGRAMS_PER_SM)
+    return max(num_programs // num_kv_heads, 1) * num_kv_heads
+
+
 @triton.jit
-def _cut(context_len, MIN_LEN: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _cut(
+    context_len, SPLIT_LEN: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr, FEW_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(splits, tokens in each) of a context: multiples of BLOCK_N, at most MAX_SPLITS splits."""
     even = tl.cdiv(context_len, MAX_SPLITS)
-    split_len = tl.maximum(tl.cdiv(even, BLOCK_N) * BLOCK_N, MIN_LEN)
+    least = tl.minimum(tl.maximum(tl.cdiv(context_len, FEW_SPLITS), MIN_SPLIT_LEN), SPLIT_LEN)
+    split_len = tl.cdiv(tl.maximum(even, least), BLOCK_N) * BLOCK_N
     # an empty context is one split of no tokens, so that a padding row is written too
     return tl.maximum(tl.cdiv(context_len, split_len), 1), split_len
 
 
 @triton.jit
-def _attend_split(
+def _attend_run(
     q,
     kv_ptrs,
     block_ids_ptr,
-    start,
-    end,
+    first_split,
+    end_split,
+    split_len,
+    context_len,
     scale_log2,
     stride_kv_block,
     stride_kv_pair,
     stride_kv_slot,
-    BLOCK_SIZE: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    partial_ptrs,
+    max_sum_ptrs,
+    keeps_partials,
+    mask_g,
     mask_d,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Online softmax of q over the tokens start..end. kv_ptrs: [1, BLOCK_D], the kv head's keys."""
+    """Online softmax of q over each of the splits first_split..end_split, in one loop, that loads
+    run on past a split's end. keeps_partials: store each split's result; else there is but one, and
+    it is returned. kv_ptrs: [1, BLOCK_D], the kv head's keys."""
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    start, end = first_split * split_len, tl.minimum(end_split * split_len, context_len)
     offs_n = start + tl.arange(0, BLOCK_N)
     # ids of the next tile are loaded one tile ahead: inside the loop they would delay its k and v
     block_ids = tl.load(block_ids_ptr + offs_n // BLOCK_SIZE, mask=offs_n < end, other=0)
-    for _ in range(start, end, BLOCK_N):
+    for n in range(start, end, BLOCK_N):
         mask_n = offs_n < end
         rows = block_ids.to(tl.int64) * stride_kv_block + offs_n % BLOCK_SIZE * stride_kv_slot
         ptrs = kv_ptrs + rows[:, None]  # [BLOCK_N, BLOCK_D]
-        mask = mask_n[:, None] if EVEN_D else mask_n[:, None] & mask_d[None, :]
+        mask = mask_n[:, None] if BLOCK_D == D else mask_n[:, None] & mask_d[None, :]
         k = tl.load(ptrs, mask=mask, other=0.0)
         v = tl.load(ptrs + stride_kv_pair, mask=mask, other=0.0)
         next_n = offs_n + BLOCK_N
@@ -106,7 +139,47 @@ def _attend_split(
         acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
         offs_n = next_n
-    return top, total, acc
+        split = n // split_len
+        is_end = (n + BLOCK_N >= end) | (n + BLOCK_N == (split + 1) * split_len)
+        if keeps_partials & is_end:
+            mask_q = mask_g[:, None] & mask_d[None, :]
+            tl.store(partial_ptrs + split * GROUP * D, acc, mask=mask_q)
+            tl.store(max_sum_ptrs + split * GROUP * 2, top, mask=mask_g)
+            tl.store(max_sum_ptrs + split * GROUP * 2 + 1, total, mask=mask_g)
+            top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_G], tl.float32)
+            acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    return total, acc
+
+
+@triton.jit
+def _join_splits(
+    partial_ptr, max_sum_ptr, num_splits, GROUP: tl.constexpr, D: tl.constexpr,
+    JOIN_AHEAD: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(sums of weights, weighted values) over all splits of one kv head: [BLOCK_J, BLOCK_D]."""
+    offs_j, offs_d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
+    mask_j = offs_j < GROUP
+    mask_q = mask_j[:, None] & (offs_d < D)[None, :]
+    partial_ptrs = partial_ptr + offs_j[:, None] * D + offs_d[None, :]
+    max_sum_ptrs = max_sum_ptr + offs_j * 2
+    top = tl.full([BLOCK_J], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_J], tl.float32)
+    acc = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+    for split in tl.range(0, num_splits, loop_unroll_factor=JOIN_AHEAD):
+        # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
+        at = max_sum_ptrs + split * GROUP * 2
+        split_top = tl.load(at, mask=mask_j, other=0.0, cache_modifier=".cg")
+        split_total = tl.load(at + 1, mask=mask_j, other=0.0, cache_modifier=".cg")
+        split_acc = tl.load(
+            partial_ptrs + split * GROUP * D, mask=mask_q, other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, split_top)  # a split that is joined has a token, so is finite
+        fade, weight = tl.exp2(top - new_top), tl.exp2(split_top - new_top)
+        total = tl.fma(split_total, weight, total * fade)
+        acc = tl.fma(split_acc, weight[:, None] + tl.zeros_like(acc), acc * fade[:, None])
+        top = new_top
+    return total, acc
 
 
 @triton.jit(do_not_specialize=["B", "stride_table_b"])
@@ -135,127 +208,117 @@ def _decode_attention_kernel(
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
-    MIN_LEN: tl.constexpr,
+    SPLIT_LEN: tl.constexpr,
+    MIN_SPLIT_LEN: tl.constexpr,
+    FEW_SPLITS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    RUNS_PER_PROGRAM: tl.constexpr,
-    FOLD_AHEAD: tl.constexpr,
+    JOIN_AHEAD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program works off items (run of splits of a request, kv head), num_programs apart."""
-    wait_for_inputs(PDL)
-    H: tl.constexpr = H_KV * GROUP
+    """One program works off its kv head's share of an equal run of all splits."""
+    let_next_start(PDL)
+    kv_head, group = tl.program_id(0) % H_KV, tl.program_id(0) // H_KV
+    num_groups = tl.num_programs(0) // H_KV
     offs_b = tl.arange(0, BLOCK_B)
     lens = tl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
-    splits, _ = _cut(lens, MIN_LEN, MAX_SPLITS, BLOCK_N)
-    splits = tl.where(offs_b < B, splits, 0)
-    # whole contexts in one run where there are many of them, single splits where there are few
-    num_splits_in_all = tl.sum(splits, axis=0) * H_KV
-    run_len = num_splits_in_all // (tl.num_programs(0) * RUNS_PER_PROGRAM)
-    run_len = tl.minimum(tl.maximum(run_len, 1), MAX_SPLITS)
-    runs = tl.cdiv(splits, run_len)
-    ends = tl.cumsum(runs, axis=0)  # [BLOCK_B], runs of the requests up to each, per kv head
-    num_items = tl.sum(runs, axis=0) * H_KV
+    num_splits, split_len = _cut(lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, BLOCK_N)
+    # dealt out in units of BLOCK_N tokens, for splits differ in length: to each group the splits
+    # that begin within its share
+    units = tl.where(offs_b < B, num_splits * (split_len // BLOCK_N), 0)
+    ends = tl.cumsum(units, axis=0)  # [BLOCK_B], units of the requests up to each
+    in_all = tl.sum(units, axis=0)
+    share, share_end = in_all * group // num_groups, in_all * (group + 1) // num_groups
+    b = tl.sum((ends <= share).to(tl.int32), axis=0).to(tl.int64)
+    base = tl.sum(tl.where(offs_b < b, units, 0), axis=0)  # where the request's units begin
+    wait_for_previous(PDL)
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     mask_g, mask_d = offs_g < GROUP, offs_d < D
-    mask_q = mask_g[:, None] & mask_d[None, :]
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        kv_head, nth = item % H_KV, item // H_KV
-        b = tl.sum((ends <= nth).to(tl.int32), axis=0).to(tl.int64)
-        run = nth - tl.sum(tl.where(offs_b < b, runs, 0), axis=0)
+    while base < share_end:
         context_len = tl.load(context_lens_ptr + b)
-        num_splits, split_len = _cut(context_len, MIN_LEN, MAX_SPLITS, BLOCK_N)
+        num_splits, split_len = _cut(
+            context_len, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, BLOCK_N
+        )
+        split_units = split_len // BLOCK_N
+        first_split = tl.maximum(tl.cdiv(share - base, split_units), 0)
+        end_split = tl.minimum(tl.cdiv(share_end - base, split_units), num_splits)
+        # programs that share a context work in the place of the one that has its first split; what
+        # a program has to itself goes to another, for the former may still be in use
+        done = end_split - first_split
+        is_shared = done < num_splits
+        first = ((base + 1) * num_groups - 1) // in_all
+        place = tl.where(is_shared, first, num_groups + group) * H_KV + kv_head
+        partial_at = partial_ptr + place.to(tl.int64) * MAX_SPLITS * GROUP * D
+        max_sum_at = max_sum_ptr + place * MAX_SPLITS * GROUP * 2
         heads = kv_head * GROUP + offs_g
         q_ptrs = q_ptr + b * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
-        q = tl.load(q_ptrs, mask=mask_q, other=0.0)  # [BLOCK_G, BLOCK_D]
-        out_ptrs = out_ptr + b * stride_o_b + heads[:, None] * stride_o_h + offs_d[None, :]
-        rows = (b * H + heads) * MAX_SPLITS
-        partial_ptrs = partial_ptr + rows[:, None] * D + offs_d[None, :]
-        max_sum_ptrs = max_sum_ptr + rows * 2
-        is_whole = num_splits <= run_len
-        top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for split in range(run * run_len, tl.minimum((run + 1) * run_len, num_splits)):
-            split_top, split_total, split_acc = _attend_split(
-                q,
-                kv_cache_ptr + kv_head * stride_kv_head + offs_d[None, :],
-                block_table_ptr + b * stride_table_b,
-                split * split_len,
-                tl.minimum((split + 1) * split_len, context_len),
-                scale_log2,
-                stride_kv_block,
-                stride_kv_pair,
-                stride_kv_slot,
-                BLOCK_SIZE,
-                BLOCK_D == D,
-                mask_d,
-                PRECISION,
-                BLOCK_G,
-                BLOCK_N,
-                BLOCK_D,
-            )
-            if is_whole:
-                top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc)
-            else:
-                tl.store(partial_ptrs + split * D, split_acc, mask=mask_q)
-                tl.store(max_sum_ptrs + split * 2, split_top, mask=mask_g)
-                tl.store(max_sum_ptrs + split * 2 + 1, split_total, mask=mask_g)
-        is_last = is_whole
-        if not is_whole:
-            # every thread's partials must be out before one thread counts this run as arrived
-            tl.debug_barrier()
-            arrived_ptrs = arrived_ptr + b * H_KV + kv_head
-            arrived = tl.atomic_add(arrived_ptrs, 1, sem="acq_rel")
-            is_last = arrived == tl.cdiv(num_splits, run_len) - 1
-            if is_last:
-                tl.store(arrived_ptrs, 0)
-                top, total, acc = _join_splits(
-                    top, total, acc, partial_ptrs, max_sum_ptrs, num_splits, mask_g, mask_q, D,
-                    FOLD_AHEAD,
-                )  # fmt: skip
-        if is_last:
-            out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
-
-
-@triton.jit
-def _fold(top, total, acc, split_top, split_total, split_acc):
-    """Add a split to those before it. fma says how it is rounded, which the compiler could choose
-    differently in two places."""
-    new_top = tl.maximum(top, split_top)
-    # an empty split and nothing before it: both are -inf, and their difference no number
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp2(top - new_top))
-    weight = tl.where(split_top == float("-inf"), 0.0, tl.exp2(split_top - new_top))
-    total = tl.fma(split_total, weight, total * fade)
-    acc = tl.fma(split_acc, weight[:, None] + tl.zeros_like(acc), acc * fade[:, None])
-    return new_top, total, acc
-
-
-@triton.jit
-def _join_splits(
-    top, total, acc, partial_ptrs, max_sum_ptrs, num_splits, mask_g, mask_q, D: tl.constexpr,
-    FOLD_AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Fold all splits of one kv head's queries, in their order."""
-    for split in tl.range(0, num_splits, loop_unroll_factor=FOLD_AHEAD):
-        # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
-        split_top = tl.load(max_sum_ptrs + split * 2, mask=mask_g, other=0.0, cache_modifier=".cg")
-        split_total = tl.load(
-            max_sum_ptrs + split * 2 + 1, mask=mask_g, other=0.0, cache_modifier=".cg"
+        q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0)
+        total, acc = _attend_run(
+            q,
+            kv_cache_ptr + kv_head * stride_kv_head + offs_d[None, :],
+            block_table_ptr + b * stride_table_b,
+            first_split,
+            end_split,
+            split_len,
+            context_len,
+            scale_log2,
+            stride_kv_block,
+            stride_kv_pair,
+            stride_kv_slot,
+            partial_at + offs_g[:, None] * D + offs_d[None, :],
+            max_sum_at + offs_g * 2,
+            num_splits > 1,
+            mask_g,
+            mask_d,
+            BLOCK_SIZE,
+            GROUP,
+            D,
+            PRECISION,
+            BLOCK_G,
+            BLOCK_N,
+            BLOCK_D,
         )
-        split_acc = tl.load(partial_ptrs + split * D, mask=mask_q, other=0.0, cache_modifier=".cg")
-        top, total, acc = _fold(top, total, acc, split_top, split_total, split_acc)
-    return top, total, acc
+        out_at = out_ptr + b * stride_o_b + kv_head * GROUP * stride_o_h
+        if (num_splits == 1) & (done == 1):
+            _store_out(out_at, total, acc, stride_o_h, GROUP, D, BLOCK_G, BLOCK_D)
+        elif done > 0:
+            # every thread's partials must be out before one thread counts them as arrived
+            tl.debug_barrier()
+            if is_shared:
+                done += tl.atomic_add(arrived_ptr + place, done, sem="acq_rel")
+            if done == num_splits:
+                tl.store(arrived_ptr + place, 0)
+                joined_total, joined = _join_splits(
+                    partial_at, max_sum_at, num_splits, GROUP, D, JOIN_AHEAD, BLOCK_J, BLOCK_D
+                )
+                _store_out(out_at, joined_total, joined, stride_o_h, GROUP, D, BLOCK_J, BLOCK_D)
+            # the next request may use the same place
+            tl.debug_barrier()
+        base += num_splits * split_units
+        b += 1
+
+
+@triton.jit
+def _store_out(
+    out_ptr, total, acc, stride_o_h, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Weighted means to the heads of one kv head; a padding row's are zeros."""
+    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    mask = (offs_g < GROUP)[:, None] & (offs_d < D)[None, :]
+    out_ptrs = out_ptr + offs_g[:, None] * stride_o_h + offs_d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
-    stages = 2 if dtype == torch.float32 else 4
-    return Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=head_dim, num_warps=2, num_stages=stages)
+    stages = 2 if dtype == torch.float32 else 3
+    return Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=head_dim, num_warps=4, num_stages=stages)
 
 
 def decode_attention(
@@ -274,9 +337,9 @@ def decode_attention(
 
     q: [B, H, D]; kv_cache: one layer [num_blocks, 2, block_size, H_KV, D]; block_table:
     [B, max_blocks] int32; context_lens: [B] int32, this token included, 0 for a padding row, whose
-    output is zeros -> [B, H, D]. workspace: from `decode_workspace`, for at least B requests,
-    used by one stream at a time. num_sms sizes the grid for a partition. Raises ValueError where a
-    shape or a stride does not fit.
+    output is zeros -> [B, H, D]. workspace: from `decode_workspace`, used by one stream at a time.
+    num_sms sizes the grid for a partition. Raises ValueError where a shape or a stride does not
+    fit.
     """
     num_requests, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
@@ -285,16 +348,17 @@ def decode_attention(
     out = output(out, q.shape, q)
     if num_requests == 0:
         return out
-    if workspace is None:
-        workspace = decode_workspace(num_requests, num_heads, num_kv_heads, head_dim, q.device)
-    held = workspace.partial.shape
-    if held[0] < num_requests or (held[1], held[3]) != (num_heads, head_dim):
-        wanted = f"[>= {num_requests}, {num_heads}, {MAX_SPLITS}, {head_dim}]"
-        raise ValueError(f"workspace must hold {wanted} partial sums, got {list(held)}")
-    tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
     group = num_heads // num_kv_heads
-    grid = (device_sms(q.device) if num_sms is None else num_sms) * PROGRAMS_PER_SM
-    _decode_attention_kernel[(grid,)](
+    sms = device_sms(q.device) if num_sms is None else num_sms
+    num_programs = _num_programs(sms, q.device, num_kv_heads)
+    if workspace is None:
+        workspace = decode_workspace(num_heads, num_kv_heads, head_dim, q.device)
+    places, _, *held = workspace.partial.shape
+    if places < 2 * num_programs or held != [group, head_dim]:
+        wanted = f"[>= {2 * num_programs}, {MAX_SPLITS}, {group}, {head_dim}]"
+        raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
+    tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
+    _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
         block_table,
@@ -316,12 +380,14 @@ def decode_attention(
         D=head_dim,
         BLOCK_SIZE=block_size,
         PRECISION=dot_precision(kv_cache.dtype),
-        MIN_LEN=MIN_SPLIT_LEN,
+        SPLIT_LEN=SPLIT_LEN,
+        MIN_SPLIT_LEN=MIN_SPLIT_LEN,
+        FEW_SPLITS=FEW_SPLITS,
         MAX_SPLITS=MAX_SPLITS,
-        RUNS_PER_PROGRAM=RUNS_PER_PROGRAM,
-        FOLD_AHEAD=FOLD_AHEAD,
+        JOIN_AHEAD=JOIN_AHEAD,
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
+        BLOCK_J=next_power_of_2(group),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,

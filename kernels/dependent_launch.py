@@ -2,7 +2,8 @@
 
 On Hopper a launch may overlap the end of the one before it in the stream, or in a graph captured
 from it. Each kernel here first lets its successor start, and then waits for its predecessor before
-it touches anything that a kernel may have written or may still read.
+it touches anything that a kernel may have written or may still read. What no kernel of this package
+writes, weights and the index tensors of a batch, may be read before the wait.
 """
 
 from functools import lru_cache
@@ -14,11 +15,24 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start; wait for the end of the one before, its writes seen."""
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait for the end of the kernel before, its writes seen."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Both at once: for a kernel that has nothing to do before its inputs are there."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
 
 
 @lru_cache(maxsize=64)

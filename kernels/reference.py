@@ -153,7 +153,7 @@ def prefill_attention(
 
 
 def decode_workspace(
-    max_batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
 ) -> None:
     """The scratch that `decode_attention` needs here: none."""
 

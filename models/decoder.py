@@ -80,7 +80,7 @@ class Decoder:
         workspace = None
         if decode:
             workspace = self.ops.decode_workspace(
-                max_rows, c.num_heads, c.num_kv_heads, c.head_dim, embedding.device
+                c.num_heads, c.num_kv_heads, c.head_dim, embedding.device
             )
         return StageBuffers(
             hidden=empty(max_tokens, c.hidden_size),

@@ -1,5 +1,8 @@
 """Paged attention of one new token per request: split, combined, the same alone or in a batch."""
 
+from importlib import import_module
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -8,7 +11,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels.decode_attention import MAX_SPLITS, MIN_SPLIT_LEN, decode_workspace
+from kernels.decode_attention import decode_workspace
 from kernels.tile import Tile
 from tests.strategies import (
     DEVICE,
@@ -24,12 +27,27 @@ from tests.strategies import (
     sparse_pool,
 )
 
+# by import_module: the package exports a function of that name
+decode_attention = import_module("kernels.decode_attention")
+
 tiles = st.none() | st.builds(
-    Tile, BLOCK_M=st.just(16), BLOCK_N=st.sampled_from([16, 32, 128]), BLOCK_K=st.just(0)
+    Tile,
+    BLOCK_M=st.just(16),
+    BLOCK_N=st.sampled_from([16, 32, 128]),
+    BLOCK_K=st.just(0),
+    num_stages=st.just(2),  # of fp32, three do not fit a GPU's shared memory
 )
-long_lens = st.integers(1, 3 * MIN_SPLIT_LEN + 1)  # up to four splits
-many_splits = (MAX_SPLITS - 1) * MIN_SPLIT_LEN
+SHIPPED = {name: getattr(decode_attention, name) for name in ("SPLIT_LEN", "MAX_SPLITS")}
+SPLIT_LEN, SPLITS = 64, 6  # in place of the launcher's: as many cases on fewer tokens
+long_lens = st.integers(1, 3 * SPLIT_LEN + 1)  # up to four splits
+many_splits = (SPLITS - 1) * SPLIT_LEN
 small = {"head_dim": 16, "group": 1, "num_layers": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_splits():
+    with patch.multiple(decode_attention, SPLIT_LEN=SPLIT_LEN, MAX_SPLITS=SPLITS):
+        yield
 
 
 def attend(batch: PagedBatch, **options: object) -> Tensor:
@@ -67,7 +85,7 @@ def alone(batch: PagedBatch, b: int) -> PagedBatch:
 @example(Layout(context_lens=(0,)), None, None, False, torch.float16, 0)  # a padding row alone
 @example(Layout(context_lens=(0, 15, 16, 17, 0)), None, None, True, torch.float16, 0)
 @example(Layout(context_lens=(1, 63, 64, 65)), None, 1, False, torch.float32, 0)
-@example(Layout(context_lens=(255, 256, 257)), None, None, False, torch.float16, 0)  # MIN_SPLIT_LEN
+@example(Layout(context_lens=(127, 128, 129)), None, None, False, torch.float16, 0)  # two splits
 @example(Layout(context_lens=(30,), head_dim=96, group=7), None, 5, False, torch.float32, 0)
 def test_decode_attention_matches_reference(layout, tile, num_sms, give_out, dtype, seed):
     batch = layout.build(dtype, seed)
@@ -79,9 +97,9 @@ def test_decode_attention_matches_reference(layout, tile, num_sms, give_out, dty
 
 @given(context_lens=st.lists(long_lens, max_size=3), dtype=dtypes, seed=seeds)
 @example([many_splits], torch.float16, 0)
-@example([many_splits + MIN_SPLIT_LEN - 1, 1], torch.float32, 0)
-@example([many_splits + MIN_SPLIT_LEN], torch.float32, 0)  # every split full
-@example([many_splits + MIN_SPLIT_LEN + 1], torch.float32, 0)  # splits grow from here on
+@example([many_splits + SPLIT_LEN - 1, 1], torch.float32, 0)
+@example([many_splits + SPLIT_LEN], torch.float32, 0)  # every split full
+@example([many_splits + SPLIT_LEN + 1], torch.float32, 0)  # splits grow from here on
 def test_split_contexts_match_reference(context_lens, dtype, seed):
     batch = Layout(context_lens=tuple(context_lens), **small).build(dtype, seed)
     assert_attended(attend(batch), expect(batch))
@@ -92,9 +110,9 @@ def test_split_contexts_match_reference(context_lens, dtype, seed):
     dtype=dtypes,
     seed=seeds,
 )
-@example([[600, 1], [1, 600], [0, 0, 300]], torch.float32, 0)
+@example([[200, 1], [1, 200], [0, 0, 130]], torch.float32, 0)
 def test_workspace_is_reused_from_batch_to_batch(batches, dtype, seed):
-    workspace = decode_workspace(3, 1, 1, small["head_dim"], DEVICE)
+    workspace = decode_workspace(1, 1, small["head_dim"], DEVICE)
     for n, context_lens in enumerate(batches):
         batch = Layout(context_lens=tuple(context_lens), **small).build(dtype, seed + n)
         actual = attend(batch, workspace=workspace)
@@ -104,7 +122,7 @@ def test_workspace_is_reused_from_batch_to_batch(batches, dtype, seed):
 
 
 @given(layout=layouts(max_requests=5), dtype=dtypes, seed=seeds)
-@example(Layout(context_lens=(600, 3, 0, 257), **small), torch.float32, 0)
+@example(Layout(context_lens=(200, 3, 0, 129), **small), torch.float32, 0)
 def test_a_request_gets_the_same_bits_alone_and_in_a_batch(layout, dtype, seed):
     batch = layout.build(dtype, seed)
     together = attend(batch)
@@ -113,7 +131,7 @@ def test_a_request_gets_the_same_bits_alone_and_in_a_batch(layout, dtype, seed):
 
 
 @given(layout=layouts(), num_sms=st.integers(1, 9), dtype=dtypes, seed=seeds)
-@example(Layout(context_lens=(600, 3, 0, 257), **small), 2, torch.float32, 0)
+@example(Layout(context_lens=(200, 3, 0, 129), **small), 2, torch.float32, 0)
 def test_decode_attention_gives_the_same_bits_on_every_partition(layout, num_sms, dtype, seed):
     batch = layout.build(dtype, seed)
     pool = batch.pool.clone()
@@ -122,7 +140,7 @@ def test_decode_attention_gives_the_same_bits_on_every_partition(layout, num_sms
 
 
 def test_large_scores_neither_overflow_nor_vanish():
-    batch = Layout(context_lens=(70, 600), **small).build(torch.float16, 0)
+    batch = Layout(context_lens=(70, 200), **small).build(torch.float16, 0)
     batch.q.mul_(60)
     batch.kv_cache[:, 0].mul_(60)
     assert_attended(attend(batch), expect(batch))
@@ -159,6 +177,8 @@ def test_decode_attention_at_model_shapes(
     actual = attend(batch)
     assert_attended(actual, expect(batch))
     assert_same_bits(attend(batch), actual)
+    with patch.multiple(decode_attention, **SHIPPED):
+        assert_attended(attend(batch), expect(batch))
     last = batch_size - 1
     assert_same_bits(attend(alone(batch, last)), actual[last:])
 
@@ -167,7 +187,7 @@ def test_decode_attention_at_model_shapes(
 def test_decode_attention_replays_in_a_graph():
     """A captured launch follows context_lens and block_table as they change."""
     batch = Layout(context_lens=(700, 3, 256), **small).build(torch.bfloat16, 0)
-    workspace = decode_workspace(3, 1, 1, small["head_dim"], DEVICE)
+    workspace = decode_workspace(1, 1, small["head_dim"], DEVICE)
     out = torch.empty_like(batch.q)
     attend(batch, workspace=workspace, out=out)
     graph = torch.cuda.CUDAGraph()

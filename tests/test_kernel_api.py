@@ -186,8 +186,8 @@ MISTAKES = {
     "decode lens": (lambda: decode(lens=(3,)), "context_lens must be [2], got [3]"),
     "decode table": (lambda: decode(table=(1, 3)), "block_table must be [2, 3], got [1, 3]"),
     "decode workspace": (
-        lambda: decode(workspace=kernels.decode_workspace(1, 4, 2, 32, DEVICE)),
-        "workspace must hold [>= 2, ",
+        lambda: decode(workspace=kernels.decode_workspace(2, 2, 32, DEVICE)),
+        ", 128, 2, 32] sums, got [",
     ),
     "copy dst": (
         lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 5), ints([0]), ints([0])),
