@@ -26,6 +26,7 @@ from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
 from kernels import Tile, gemv, reference
 from kernels.linear import choose_tile as choose_matmul_tile
+from kernels.tile import device_sms
 from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
 
 EPS = 1e-6
@@ -63,17 +64,16 @@ class Product:
     def flops(self) -> int:
         return 2 * self.num_tokens * self.rows * self.depth
 
-    @property
-    def heuristic(self) -> Tile:
+    def heuristic(self, num_sms: int) -> Tile:
         """What the launcher takes where tiles.json holds nothing."""
         if self.num_tokens == 1:
-            return gemv.choose_tile(self.depth)
+            return gemv.choose_tile(self.depth, gated=self.kernel == "gate_up")
         return choose_matmul_tile(
             self.num_tokens,
             self.width,
             self.dtype,
             gated=self.kernel == "gate_up",
-            has_residual=self.has_residual,
+            num_sms=num_sms,
         )
 
     def build(
@@ -146,7 +146,8 @@ def sweep(
             raise AssertionError(f"{tile} must be within {BOUND[product.dtype]:.2g}, got {error}")
         return time_calls(lambda i: run(i, tile), copies, device, QUICK).p50
 
-    readings = [(product.heuristic, ms_of(product.heuristic))]
+    heuristic = product.heuristic(device_sms(device) if num_sms is None else num_sms)
+    readings = [(heuristic, ms_of(heuristic))]
     for tile in tiles:
         try:
             readings.append((tile, ms_of(tile)))

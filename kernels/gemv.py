@@ -4,8 +4,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import launch_options, wait_for_inputs
+from kernels.dependent_launch import launch_options, let_next_start, wait_for_previous
 from kernels.tile import Tile, cdiv
+
+
+@triton.jit
+def _load_row(ptrs, offs_k, left, EVEN_K: tl.constexpr):
+    """What of a row's next elements there is; `left` of them are."""
+    if EVEN_K:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=offs_k < left, other=0.0)
 
 
 @triton.jit
@@ -31,28 +39,28 @@ def _gemv_kernel(
 ):
     """One program computes BLOCK_N elements of out. GATED: weight holds N gate rows, then N up
     rows."""
-    wait_for_inputs(PDL)
+    let_next_start(PDL)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)
     w_ptrs = weight_ptr + rows[:, None] * stride_w_n + offs_k[None, :]
     up_ptrs = weight_ptr + (rows + N)[:, None] * stride_w_n + offs_k[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    # weights do not depend on the kernel before: the first of them come while it still runs
+    w = _load_row(w_ptrs, offs_k[None, :], K, EVEN_K)
+    if GATED:
+        up = _load_row(up_ptrs, offs_k[None, :], K, EVEN_K)
+    wait_for_previous(PDL)
+    x = _load_row(x_ptr + offs_k, offs_k, K, EVEN_K).to(tl.float32)
+    acc = w.to(tl.float32) * x[None, :]
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for k in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
-        mask_k = offs_k < K - k
-        if EVEN_K:
-            w = tl.load(w_ptrs + k)
-            x = tl.load(x_ptr + k + offs_k).to(tl.float32)
-        else:
-            w = tl.load(w_ptrs + k, mask=mask_k[None, :], other=0.0)
-            x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    if GATED:
+        acc_up = up.to(tl.float32) * x[None, :]
+    squares = x * x
+    for k in tl.range(BLOCK_K, K, BLOCK_K, loop_unroll_factor=UNROLL):
+        w = _load_row(w_ptrs + k, offs_k[None, :], K - k, EVEN_K)
+        x = _load_row(x_ptr + k + offs_k, offs_k, K - k, EVEN_K).to(tl.float32)
         if GATED:
-            if EVEN_K:
-                up = tl.load(up_ptrs + k)
-            else:
-                up = tl.load(up_ptrs + k, mask=mask_k[None, :], other=0.0)
+            up = _load_row(up_ptrs + k, offs_k[None, :], K - k, EVEN_K)
             acc_up += up.to(tl.float32) * x[None, :]
         acc += w.to(tl.float32) * x[None, :]
         if NORM:
@@ -69,12 +77,18 @@ def _gemv_kernel(
     tl.store(out_ptr + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def choose_tile(depth: int) -> Tile:
+def _tile(n: int, k: int, num_warps: int, unroll: int) -> Tile:
+    return Tile(BLOCK_M=1, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=unroll)
+
+
+def choose_tile(depth: int, *, gated: bool) -> Tile:
     """Rows of weight a program reads at a time, and how many loads it issues before the first use
     (num_stages counts them here), as found best on an H100."""
     if depth <= 1024:
-        return Tile(BLOCK_M=1, BLOCK_N=4, BLOCK_K=512, num_warps=2, num_stages=4)
-    return Tile(BLOCK_M=1, BLOCK_N=2, BLOCK_K=1024, num_warps=4, num_stages=4)
+        return _tile(2, 1024, 2, 1) if gated else _tile(4, 512, 2, 4)
+    if depth < 4096:
+        return _tile(2, 2048, 8, 2)
+    return _tile(2, 1024, 4, 4)
 
 
 def launch_gemv(
@@ -90,7 +104,7 @@ def launch_gemv(
 ) -> None:
     """Launch over arguments that the caller has checked. x: [1, K], out: [1, N]."""
     K, N = x.shape[1], out.shape[1]
-    tile = choose_tile(K) if tile is None else tile
+    tile = choose_tile(K, gated=gated) if tile is None else tile
     _gemv_kernel[(cdiv(N, tile.BLOCK_N),)](
         x,
         weight,

@@ -1,155 +1,32 @@
 """Matrix products against a [N, K] weight: from one decode token to a tall prefill.
 
-One kernel serves `linear` and the gate/up half of the MLP. RMSNorm costs it no pass of its own: its
-weight is folded into the matrix beforehand, and the scale of a row factors out of its dot products,
-so that the sums over the raw x are scaled at the end. Bias, residual, SiLU(gate) * up follow there.
+One token goes to `gemv`, few to `thin_matmul`, many to `tall_matmul` where the hardware has what it
+needs. RMSNorm costs none of them a pass over x: its weight is folded into the matrix beforehand,
+and the scale of a row factors out of its dot products, so that the sums over the raw x are scaled
+at the end. Bias, residual, SiLU(gate) * up follow there.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import launch_options, wait_for_inputs
+from kernels import tall_matmul, thin_matmul
 from kernels.gemv import launch_gemv
 from kernels.norm import row_rstd
-from kernels.tile import (
-    Tile,
-    cdiv,
-    dot_precision,
-    output,
-    require_shape,
-    require_unit_stride,
-)
+from kernels.tall_matmul import TALL_BLOCK_M, launch_tall_matmul
+from kernels.thin_matmul import launch_thin_matmul
+from kernels.tile import Tile, device_sms, output, require_shape, require_unit_stride
 from kernels.tiles import matmul_shape, tuned_tile
 
-THIN_M = 64  # rows of a tile that stays bound by reading weights
-
-
-@triton.jit(do_not_specialize=["M"])
-def _matmul_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    rstd_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    stride_x_m,
-    stride_w_n,
-    stride_r_m,
-    stride_o_m,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_RSTD: tl.constexpr,
-    GATED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    THIN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program computes [BLOCK_M, BLOCK_N] tiles of out, num_programs apart. GATED: weight holds
-    N gate rows and then N up rows."""
-    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    wait_for_inputs(PDL)
-    offs_k = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pid_m, pid_n = tl.swizzle2d(tile // num_n, tile % num_n, num_m, num_n, GROUP_M)
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # rows past the end read the last row again: cheaper than a mask, and never stored
-        rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-        rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-        # but where most rows are past the end, all programs would crowd on that one
-        mask_m = (offs_m < M)[:, None]
-        x_ptrs = x_ptr + rows_m[:, None] * stride_x_m + offs_k[None, :]
-        w_ptrs = weight_ptr + rows_n[:, None] * stride_w_n + offs_k[None, :]
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if GATED:
-            up_ptrs = weight_ptr + (rows_n + N)[:, None] * stride_w_n + offs_k[None, :]
-            acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            mask_k = (offs_k < K - k)[None, :]
-            if THIN:
-                x = tl.load(x_ptrs + k, mask=mask_m & mask_k, other=0.0)
-            elif EVEN_K:
-                x = tl.load(x_ptrs + k)
-            else:
-                x = tl.load(x_ptrs + k, mask=mask_k, other=0.0)
-            w = tl.load(w_ptrs + k) if EVEN_K else tl.load(w_ptrs + k, mask=mask_k, other=0.0)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-            if GATED:
-                up = (
-                    tl.load(up_ptrs + k) if EVEN_K else tl.load(up_ptrs + k, mask=mask_k, other=0.0)
-                )
-                acc_up = tl.dot(x, tl.trans(up), acc_up, input_precision=PRECISION)
-        if HAS_RSTD:
-            rstd = tl.load(rstd_ptr + rows_m)
-            acc *= rstd[:, None]
-            if GATED:
-                acc_up *= rstd[:, None]
-        if GATED:
-            acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + rows_n).to(tl.float32)[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        if HAS_RESIDUAL:
-            residual_ptrs = residual_ptr + rows_m[:, None] * stride_r_m + offs_n[None, :]
-            acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        out_ptrs = out_ptr + rows_m[:, None] * stride_o_m + offs_n[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=num_warps, num_stages=num_stages)
-
-
-# largest first; the first that gives every SM of an H100 something to do is taken
-MIDDLE_TILES = (_tile(128, 128, 64, 8, 4), _tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
-MIDDLE_TILES_GATED = (_tile(128, 64, 64, 4, 5), _tile(64, 64, 64, 4, 5))
-ENOUGH_TILES = 96
-HEAD_WIDTH = 65536  # a vocabulary rather than a layer
+THIN_M = 64  # tokens up to which a product stays bound by reading weights
 
 
 def choose_tile(
-    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, has_residual: bool
+    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, num_sms: int
 ) -> Tile:
-    """A tile for [num_tokens, depth] x [depth, width], as found best on an H100."""
-    if dtype == torch.float32:
-        return Tile(BLOCK_M=16 if num_tokens <= 16 else 64, BLOCK_N=32, BLOCK_K=32)
-    if num_tokens <= 16:
-        if width >= HEAD_WIDTH:
-            return _tile(16, 64, 128, 4, 6)
-        return _tile(16, 16 if width <= 2048 else 32, 256, 2, 4)
-    if num_tokens <= 64:
-        block_m = 32 if num_tokens <= 32 else 64
-        if width >= HEAD_WIDTH:
-            return _tile(block_m, 64, 128, 4, 4)
-        return _tile(block_m, 16 if width <= 1024 else 32, 128, 4, 4)
-    return _choose_tall_tile(num_tokens, width, gated, has_residual)
-
-
-def _choose_tall_tile(num_tokens: int, width: int, gated: bool, has_residual: bool) -> Tile:
-    def num_tiles(tile: Tile) -> int:
-        return cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
-
-    tall = _tile(128, 256, 64, 8, 4)
-    if gated:
-        tall = _tile(128, 128, 64, 8, 3)
-    elif has_residual:  # with it, the largest tile does not fit the registers
-        tall = _tile(128, 128, 64, 8, 4)
-    if width >= HEAD_WIDTH or (num_tokens > 512 and num_tiles(tall) >= ENOUGH_TILES):
-        return tall
-    for tile in MIDDLE_TILES_GATED if gated else MIDDLE_TILES:
-        if num_tiles(tile) >= ENOUGH_TILES:
-            return tile
-    return _tile(64, 32, 128, 4, 4)
+    """A tile for [num_tokens, depth] x [depth, width] on so many SMs of a Hopper GPU."""
+    if num_tokens > THIN_M and dtype.itemsize == 2:
+        return tall_matmul.choose_tile(num_tokens, width, num_sms, gated=gated)
+    return thin_matmul.choose_tile(num_tokens, width, dtype)
 
 
 def launch_matmul(
@@ -169,49 +46,24 @@ def launch_matmul(
     (num_tokens, K), N = x.shape, out.shape[1]
     if num_tokens == 0:
         return
-    has_residual = residual is not None
     if tile is None and x.element_size() == 2:
-        shape = matmul_shape(num_tokens, N, K, has_residual)
+        shape = matmul_shape(num_tokens, N, K, residual is not None)
         tile = tuned_tile("gate_up" if gated else "linear", shape, num_sms, x.device)
     if num_tokens == 1 and (tile is None or tile.BLOCK_M == 1):
         launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
         return
-    if tile is None:
-        tile = choose_tile(num_tokens, N, x.dtype, gated=gated, has_residual=has_residual)
-    if rms_eps is not None:
+    is_tall = num_tokens > THIN_M and tall_matmul.takes(x, weight, residual, out)
+    if tile is None and is_tall:
+        sms = device_sms(x.device) if num_sms is None else num_sms
+        tile = tall_matmul.choose_tile(num_tokens, N, sms, gated=gated)
+    elif tile is None:
+        tile = thin_matmul.choose_tile(num_tokens, N, x.dtype)
+    if rms_eps is None:
+        rstd = None
+    else:
         rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
-    num_tiles = cdiv(num_tokens, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
-    # without a partition the hardware deals tiles out as programs end, which evens out better
-    programs = num_tiles if num_sms is None else min(num_tiles, num_sms)
-    _matmul_kernel[(programs,)](
-        x,
-        weight,
-        bias,
-        residual,
-        rstd,
-        out,
-        num_tokens,
-        N,
-        K,
-        x.stride(0),
-        weight.stride(0),
-        residual.stride(0) if residual is not None else 0,
-        out.stride(0),
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_RSTD=rms_eps is not None,
-        GATED=gated,
-        EVEN_K=K % tile.BLOCK_K == 0,
-        THIN=tile.BLOCK_M <= THIN_M,
-        PRECISION=dot_precision(x.dtype),
-        GROUP_M=8,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **launch_options(x.device),
-    )
+    launch = launch_tall_matmul if is_tall and tile.BLOCK_M >= TALL_BLOCK_M else launch_thin_matmul
+    launch(x, weight, bias, residual, rstd, out, gated=gated, tile=tile, num_sms=num_sms)
 
 
 def linear(

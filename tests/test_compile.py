@@ -23,9 +23,9 @@ def compile_all() -> list[dict]:
 
 def wants_wgmma(report: dict) -> bool:
     """Matrix kernels, from the 64 rows on that wgmma takes at a time."""
-    tall = report["rows"] >= 64
-    kernel = report["kernel"]
-    return kernel == "_prefill_attention_kernel" or (kernel == "_matmul_kernel" and tall)
+    if report["kernel"] == "_thin_matmul_kernel":
+        return report["constexprs"]["BLOCK_M"] >= 64
+    return report["kernel"] in ("_prefill_attention_kernel", "_tall_matmul_kernel")
 
 
 def test_every_kernel_compiles_without_spills_and_with_wgmma():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels import Tile, tiles
 from kernels.tiles import TileKey, matmul_shape, read_tiles, tuned_tile, write_tiles
+from tests.strategies import randn
 
 keys = st.builds(
     TileKey,
@@ -91,8 +92,8 @@ def test_a_launcher_takes_the_tile_that_was_found(monkeypatch):
 
     # by import_module: the package exports a function of that name
     monkeypatch.setattr(import_module("kernels.linear"), "tuned_tile", found)
-    x = torch.randn(3, 32).half()
-    kernels.mlp(x, torch.randn(32, 32).half(), torch.randn(32, 16).half(), 1e-6, num_sms=2)
+    x, gate_up, down = randn(0, (3, 32), (32, 32), (32, 16), dtype=torch.float16)
+    kernels.mlp(x, gate_up, down, 1e-6, num_sms=2)
     assert asked == [
         ("gate_up", "M=4 N=16 K=32", 2),
         ("linear", "M=4 N=32 K=16 residual", 2),
