@@ -133,11 +133,11 @@ def test_prefill_graphs_and_eager_give_the_same_tokens(folder, dtype):
 
 def poison(llm: LLM) -> None:
     """NaN in every KV block and in all that prefill reads or writes; nothing is owned yet."""
-    core = llm._core
-    core.kv_cache.blocks.fill_(float("nan"))
-    buffers = core.prefill.buffers
-    for name in ("hidden", "rstd", "normed", "qkv", "q", "attention", "act", "logits"):
-        getattr(buffers, name).fill_(float("nan"))
+    buffers = llm._core.prefill.buffers
+    names = ("hidden", "rstd", "normed", "qkv", "q", "attention", "act", "logits")
+    with torch.inference_mode():
+        for tensor in (llm._core.kv_cache.blocks, *(getattr(buffers, name) for name in names)):
+            tensor.fill_(float("nan"))
 
 
 def test_prefill_graphs_under_load_give_the_tokens_of_eager(folder):
