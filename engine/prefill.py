@@ -74,4 +74,6 @@ class PrefillWorker:
             return batch.sampled_rows  # no rows: an empty tensor of the right dtype
         last = buffers.hidden.index_select(0, batch.sampled_rows)
         logits = self.decoder.lm_head(last, buffers)
-        return self.decoder.ops.sample(logits, *batch.sampling.arguments())
+        return self.decoder.ops.sample(
+            logits, *batch.sampling.arguments(), workspace=buffers.sample_workspace
+        )
