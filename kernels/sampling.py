@@ -25,6 +25,7 @@ SAMPLE_STRIDE = 32  # one token of that many is in the sample of a row with limi
 MAX_CANDIDATES = 1024  # set aside per piece; a row with more of them in one is searched whole
 SCAN_TILE = 4096  # values that the search looks at in one step
 ESTIMATE_STEPS = 16  # bisections of 126 octaves: down to 1/520 of an octave
+GATHER_WARPS = 4
 GATHER_PROGRAMS_PER_SM = 16  # few enough to cost little where no row has limits
 
 INF = tl.constexpr(float("inf"))
@@ -43,7 +44,7 @@ class SampleWorkspace:
     sample: Tensor  # [B, S] fp32, logits
     bracket: Tensor  # [B, 5] fp32: low, high, largest logit, mass, whether the row has limits
     found_count: Tensor  # [B, 2, P] int32, logits from high on; those from low to high
-    found_mass: Tensor  # [B, 2, P] fp32, their mass, relative to the row's largest
+    found_mass: Tensor  # [B, 2, P] fp32, mass from high on and from low on, relative to the largest
     candidates: Tensor  # [B, P, MAX_CANDIDATES] fp32, logits from low to high
 
 
@@ -158,12 +159,12 @@ def _mass_of_pieces(top_ptr, mass_ptr, b, scale, NUM_PIECES: tl.constexpr, BLOCK
 
 @triton.jit
 def _estimate(weights, counts_k, margin, root_low, root_high, NUM_STEPS: tl.constexpr):
-    """Octaves below the top of a value that is surely kept nowhere above, and of one that is surely
-    not kept; the latter 0 where there is none. Both by bisection over the sample's weights.
+    """How many octaves below the top the threshold surely is at most, and at least; the latter 0
+    where that cannot be told. Both by bisection over the sample's weights.
 
-    What lies below a value is S on the sample; the square root of S is compared, for then both
-    ends of the confidence interval, S +- 2 m sqrt(S w) with w the largest weight below, are a plain
-    difference.
+    S is what the sample has below a value: mass, or a count where counts_k. Square roots are
+    compared, for so the ends of the confidence interval of S, that is S +- 2 m sqrt(S w) with w the
+    largest weight below and m the margin, are those of a sum and a difference.
     """
     terms = tl.where(counts_k, 1.0, weights)
     low_no, low_yes = 0.0, OCTAVES
@@ -222,7 +223,7 @@ def _bracket_kernel(
             rank = top_k.to(tl.float32) / SAMPLE_STRIDE
             spread = 5.0 * tl.sqrt(rank) + 8.0  # five standard deviations, and some for few
             rest = (1.0 - top_p) * total / SAMPLE_STRIDE
-            few, many = tl.where(by_k, BLOCK_S - rank - spread, rest), rest
+            few = tl.where(by_k, BLOCK_S - rank - spread, rest)
             many = tl.where(by_k, BLOCK_S - rank + spread, rest)
             # of top-k and top-p, the latter may end anywhere above the former
             many = tl.where(by_k & (by_p | (rank < spread)), INF, many)
@@ -252,7 +253,7 @@ def _set_aside(
     for start in range(0, PIECE_V, BLOCK_V):
         offs_v = piece * PIECE_V + start + tl.arange(0, BLOCK_V)
         x = _without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))
-        is_within = (x >= low) & (x < high) & (offs_v < V)
+        is_within = (x >= low) & (x < high)
         place = num_kept + tl.cumsum(is_within.to(tl.int32), axis=0) - 1
         tl.store(kept_ptr + place, x, mask=is_within & (place < MAX_CANDIDATES))
         num_kept += tl.sum(is_within.to(tl.int32), axis=0)
@@ -280,31 +281,31 @@ def _gather_kernel(
     wait_for_inputs(PDL)
     b = tl.program_id(1).to(tl.int64)
     if tl.load(bracket_ptr + b * 5 + 4) > 0.0:
-        low, high = tl.load(bracket_ptr + b * 5), tl.load(bracket_ptr + b * 5 + 1)
+        # -inf has no weight: neither it nor what is loaded behind the row's end is a candidate
+        low = tl.maximum(tl.load(bracket_ptr + b * 5), -MAX_FLOAT)
+        high = tl.load(bracket_ptr + b * 5 + 1)
         top, scale = tl.load(bracket_ptr + b * 5 + 2), _per_octave(tl.load(temperature_ptr + b))
         row_ptr = logits_ptr + b * stride_l_b
         for piece in range(tl.program_id(0), NUM_PIECES, tl.num_programs(0)):
-            counts, mass_above, mass_within = 0, 0.0, 0.0
+            counts, mass_above, mass_reached = 0, 0.0, 0.0
             if tl.load(top_ptr + b * NUM_PIECES + piece) >= low:
                 offs_v = piece * PIECE_V + tl.arange(0, PIECE_V)
                 x = _without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))
                 weights = _weights(x, top, scale)
-                is_above = (x >= high) & (offs_v < V)
-                is_within = (x >= low) & (x < high) & (offs_v < V)
                 # both counts in one sum: a piece has fewer than 2 ** 15 tokens
-                counts = tl.sum((is_above.to(tl.int32) << 16) + is_within.to(tl.int32), axis=0)
-                mass_above = tl.sum(tl.where(is_above, weights, 0.0), axis=0)
-                mass_within = tl.sum(tl.where(is_within, weights, 0.0), axis=0)
-                if (counts & 0xFFFF) > 0:
+                counts = tl.sum((x >= low).to(tl.int32) + ((x >= high).to(tl.int32) << 16), axis=0)
+                mass_above = tl.sum(tl.where(x >= high, weights, 0.0), axis=0)
+                mass_reached = tl.sum(tl.where(x >= low, weights, 0.0), axis=0)
+                if (counts & 0xFFFF) > (counts >> 16):
                     kept_ptr = candidates_ptr + (b * NUM_PIECES + piece) * MAX_CANDIDATES
                     _set_aside(
                         row_ptr, kept_ptr, piece, low, high, V, PIECE_V, MAX_CANDIDATES, BLOCK_V
                     )
             slot = b * 2 * NUM_PIECES + piece
             tl.store(found_count_ptr + slot, counts >> 16)
-            tl.store(found_count_ptr + slot + NUM_PIECES, counts & 0xFFFF)
+            tl.store(found_count_ptr + slot + NUM_PIECES, (counts & 0xFFFF) - (counts >> 16))
             tl.store(found_mass_ptr + slot, mass_above)
-            tl.store(found_mass_ptr + slot + NUM_PIECES, mass_within)
+            tl.store(found_mass_ptr + slot + NUM_PIECES, mass_reached)
 
 
 @triton.jit
@@ -359,14 +360,16 @@ def _threshold(
     above = tl.sum(tl.load(found_count_ptr + offs_p, mask=mask_p, other=0), axis=0)
     lengths = tl.load(found_count_ptr + NUM_PIECES + offs_p, mask=mask_p, other=0)
     masses = tl.load(found_mass_ptr + offs_p, mask=mask_p, other=0.0)
-    within = tl.load(found_mass_ptr + NUM_PIECES + offs_p, mask=mask_p, other=0.0)
+    reached = tl.load(found_mass_ptr + NUM_PIECES + offs_p, mask=mask_p, other=0.0)
     mass_above = tl.sum(masses, axis=0)
     floor = tl.where(min_p > 0.0, top + tl.log(min_p) * temperature, -INF)
     bottom = _below_top(OCTAVES, top, scale, SHIFT)
     # does the bracket hold the threshold? under the bottom, and under min-p's, there is no need
     reaches_k = (above + tl.sum(lengths, axis=0) >= top_k) | (low <= bottom)
-    reaches_p = (mass_above + tl.sum(within, axis=0) >= top_p * total) | (low <= bottom)
-    holds_k = (above < top_k) & (reaches_k | ((low <= floor) & (top_p >= 1.0)))
+    reaches_p = (tl.sum(reached, axis=0) >= top_p * total) | (low <= bottom)
+    # the mass among the top-k is not known yet: top-p's threshold may be anywhere above theirs
+    holds_k = tl.where(by_p, reaches_k & (high == INF), reaches_k | (low <= floor))
+    holds_k &= above < top_k
     holds_p = (mass_above < top_p * total) & (reaches_p | (low <= floor))
     holds = tl.where(by_k, holds_k, holds_p | (top_p >= 1.0))
     whole = (tl.max(lengths, axis=0) > MAX_CANDIDATES) | (holds == 0)
@@ -569,7 +572,7 @@ def _launch(logits: Tensor, params: tuple[Tensor, ...], w: SampleWorkspace, out:
         PIECE_V=PIECE_V,
         MAX_CANDIDATES=MAX_CANDIDATES,
         BLOCK_V=min(PIECE_V, 1024),
-        num_warps=PIECE_WARPS,
+        num_warps=GATHER_WARPS,
         **options,
     )
     _draw_kernel[(num_rows,)](
