@@ -157,5 +157,6 @@ class DecodeWorker:
         self.decoder.layers(buffers, batch, self.kv_cache.layers)
         logits = self.decoder.lm_head(buffers.hidden, buffers)
         sampling = [inputs[name] for name in SAMPLING]
-        self.decoder.ops.sample(logits, *sampling, out=sampled)
+        workspace = buffers.sample_workspace
+        self.decoder.ops.sample(logits, *sampling, workspace=workspace, out=sampled)
         self.token_ids.index_copy_(0, rows, sampled)

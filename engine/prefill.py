@@ -155,5 +155,9 @@ class PrefillWorker:
         if num_rows:
             last = buffers.hidden.index_select(0, batch.sampled_rows)
             logits = self.decoder.lm_head(last, buffers)
-            sampled = self._sampled[:num_rows]
-            self.decoder.ops.sample(logits, *batch.sampling.arguments(), out=sampled)
+            self.decoder.ops.sample(
+                logits,
+                *batch.sampling.arguments(),
+                workspace=buffers.sample_workspace,
+                out=self._sampled[:num_rows],
+            )

@@ -188,9 +188,10 @@ class Sampling(Case):
             draw.full(B, 0, torch.int32),
         )
         out = draw.empty(B, dtype=torch.int64)
+        workspace = kernels.sample_workspace(B, self.vocab_size, device)
 
         def ours(i: int, num_sms: int | None) -> None:
-            kernels.sample(logits[i], *params, out=out)
+            kernels.sample(logits[i], *params, workspace=workspace, out=out)
 
         return Problem(
             ours=ours,
@@ -198,7 +199,7 @@ class Sampling(Case):
             results=lambda: (out,),
             outputs=(out,),
             error=share_unequal,
-            bound=0.01,  # a last bit of log or exp decides between the closest scores
+            bound=0.01,  # fp32 sums decide where the uniform number meets a step of the CDF
             peers=[] if self.temperature else peers.argmax_peer(logits),
         )
 

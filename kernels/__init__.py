@@ -7,11 +7,12 @@ from kernels.mlp import gate_up, mlp
 from kernels.norm import add_rms_norm, rms_norm, row_rstd
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import rope_store
-from kernels.sampling import sample
+from kernels.sampling import SampleWorkspace, sample, sample_workspace
 from kernels.tile import Tile
 
 __all__ = [
     "DecodeWorkspace",
+    "SampleWorkspace",
     "Tile",
     "add_rms_norm",
     "copy_blocks",
@@ -25,4 +26,5 @@ __all__ = [
     "rope_store",
     "row_rstd",
     "sample",
+    "sample_workspace",
 ]

@@ -186,6 +186,10 @@ def copy_blocks(src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor) -> N
     dst[dst_ids.long().to(dst.device)] = src[src_ids.long()].to(dst.device)
 
 
+def sample_workspace(max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+    """The scratch that `sample` needs here: none."""
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -195,9 +199,10 @@ def sample(
     seeds: Tensor,
     steps: Tensor,
     *,
+    workspace: None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One token id per row, by the Gumbel-max trick over kept tokens. logits: [B, V] -> [B] int64.
+    """One token id per row, by inverting the CDF of its kept tokens. logits: [B, V] -> [B] int64.
 
     temperature: [B] fp32, 0 takes the largest logit (the first of equals); top_k: [B] int32, 0 for
     all; top_p: [B] fp32 in (0, 1]; min_p: [B] fp32 in [0, 1]; seeds: [B] int64; steps: [B] int32,
@@ -205,31 +210,34 @@ def sample(
 
     A token is kept where fewer than top_k are larger, where those larger hold less than top_p of
     the probability among the top_k, and where it has at least min_p times the largest probability;
-    equal logits are kept or dropped together. Noise: Philox4x32-10 (Salmon et al., 2011).
+    equal logits are kept or dropped together. Drawn is the first kept token at which the running
+    sum of probabilities, in the order of token ids and in fp64, passes `uniform(seeds, steps)`. A
+    NaN is taken for -inf, and inf for the largest finite number; a row of -inf alone gives token 0.
     """
     greedy = temperature <= 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    clean = logits.double().nan_to_num(-math.inf, torch.finfo(torch.float32).max, -math.inf)
+    scaled = clean / torch.where(greedy, 1.0, temperature)[:, None]
     plain = greedy | ((top_k <= 0) & (top_p >= 1) & (min_p <= 0))
     if not bool(plain.all()):
         kept = _kept_tokens(scaled, top_k, top_p, min_p) | plain[:, None]
         scaled = scaled.masked_fill(~kept, -math.inf)
-    if not bool(greedy.all()):
-        noise = gumbel_noise(seeds, steps, logits.shape[1])
-        scaled = torch.where(greedy[:, None], scaled, scaled + noise)
-    return _store(scaled.argmax(-1), torch.int64, out)
+    top = scaled.amax(-1, keepdim=True)
+    weights = torch.exp(scaled - torch.where(top.isinf(), 0.0, top))
+    sums = weights.cumsum(-1)
+    beyond = (sums > uniform(seeds, steps)[:, None] * sums[:, -1:]) & (weights > 0)
+    return _store(
+        torch.where(greedy[:, None], scaled == top, beyond).int().argmax(-1), torch.int64, out
+    )
 
 
-def gumbel_noise(seeds: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise of row b for its draw steps[b]. seeds: [B] int64, steps: [B] -> [B, V] fp32.
+def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
+    """The number in (0, 1) of row b for its draw steps[b]: 52 bits, an odd multiple of 2**-53.
 
-    Token v takes output v // ceil(V / 4) of the Philox block with counter (v % ceil(V / 4), step).
+    seeds: [B] int64, steps: [B] -> [B] fp64. The bits are the upper 26 of the first word and of the
+    second of the Philox block with counter (0, step).
     """
-    quarter = -(-vocab_size // 4)
-    counter0 = torch.arange(quarter, device=seeds.device).expand(len(seeds), quarter)
-    counter1 = steps.long()[:, None].expand_as(counter0)
-    bits = torch.cat(_philox4x32(seeds[:, None], counter0, counter1), dim=1)[:, :vocab_size]
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+    high, low, _, _ = _philox4x32(seeds, torch.zeros_like(seeds), steps.long())
+    return ((((high >> 6) << 26) | (low >> 6)).double() + 0.5) * 2.0**-52
 
 
 def _philox4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> list[Tensor]:

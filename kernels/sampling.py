@@ -1,9 +1,12 @@
 """Logits to token ids on the device: temperature, top-k, top-p, min-p, a seed for every request.
 
-Three launches. The first finds each row's smallest kept logit by bisection over the bits of its
-floats, so nothing is sorted; the second takes the largest of logit / temperature + Gumbel noise per
-piece of the vocabulary; the third takes the largest piece.
+The vocabulary is cut into pieces by its size alone. The first launch reads every piece for its
+maximum and its mass; the last picks, by one uniform number per row, a piece and then a token of it:
+an inverse CDF, without noise per token. The two launches between them are those of
+`kernels.kept_logits`, and only for rows with limits.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,190 +14,177 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.tile import cdiv, next_power_of_2, require_shape, require_unit_stride
+from kernels.kept_logits import (
+    INF,
+    _bracket_kernel,
+    _gather_kernel,
+    mass_of_pieces,
+    per_octave,
+    threshold_of,
+    weights_of,
+    without_nan,
+)
+from kernels.tile import cdiv, device_sms, next_power_of_2, require_shape, require_unit_stride
 
-BLOCK_V = 1024  # tokens a program looks at in each of the four quarters of the vocabulary
-SCAN_BLOCK_V = 2048  # tokens of one step of a pass over a row
+PIECE_V = 4096  # tokens of a piece: 38 programs for one row of Qwen3's vocabulary
+PIECE_WARPS = 4
+SAMPLE_STRIDE = 32  # one token of that many is in the sample of a row with limits
+MAX_CANDIDATES = 1024  # set aside per piece; a row with more of them in one is searched whole
+SCAN_TILE = 4096  # values that the search looks at in one step
+ESTIMATE_STEPS = 16  # bisections of 126 octaves: down to 1/520 of an octave
+GATHER_WARPS = 4
+GATHER_PROGRAMS_PER_SM = 16  # few enough to cost little where no row has limits
+
+
+@dataclass(frozen=True)
+class SampleWorkspace:
+    """Scratch of `sample`, for one stream at a time. P pieces, S tokens in a row's sample."""
+
+    top: Tensor  # [B, P] fp32, each piece's largest logit
+    mass: Tensor  # [B, P] fp32, each piece's mass, relative to its own largest
+    sample: Tensor  # [B, S] fp32, logits
+    bracket: Tensor  # [B, 5] fp32: low, high, largest logit, mass, whether the row has limits
+    found_count: Tensor  # [B, 2, P] int32, logits from high on; those from low to high
+    found_mass: Tensor  # [B, 2, P] fp32, mass from high on and from low on, relative to the largest
+    candidates: Tensor  # [B, P, MAX_CANDIDATES] fp32, logits from low to high
+
+
+def sample_workspace(max_rows: int, vocab_size: int, device: torch.device | str) -> SampleWorkspace:
+    """Scratch for up to `max_rows` rows of logits on `device`."""
+    num_pieces = cdiv(vocab_size, PIECE_V)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(max_rows, *shape, dtype=dtype, device=device)
+
+    return SampleWorkspace(
+        top=empty(num_pieces),
+        mass=empty(num_pieces),
+        sample=empty(num_pieces * (PIECE_V // SAMPLE_STRIDE)),
+        bracket=empty(5),
+        found_count=empty(2, num_pieces, dtype=torch.int32),
+        found_mass=empty(2, num_pieces),
+        candidates=empty(num_pieces, MAX_CANDIDATES),
+    )
 
 
 @triton.jit
-def _float_to_key(x):
-    """A uint32 that orders as the fp32 values do."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+def _piece_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    top_ptr,
+    mass_ptr,
+    sample_ptr,
+    V,
+    stride_l_b,
+    PIECE_V: tl.constexpr,
+    SAMPLE_STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program reads one piece of one row."""
+    wait_for_inputs(PDL)
+    piece, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = b * tl.num_programs(0) + piece
+    row_ptr = logits_ptr + b * stride_l_b
+    offs_v = piece * PIECE_V + tl.arange(0, PIECE_V)
+    x = without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))  # [PIECE_V]
+    temperature = tl.load(temperature_ptr + b)
+    top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
+    top = tl.max(x, axis=0)
+    tl.store(top_ptr + slot, top)
+    if temperature > 0.0:
+        tl.store(mass_ptr + slot, tl.sum(weights_of(x, top, per_octave(temperature)), axis=0))
+        if ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
+            NUM_SAMPLES: tl.constexpr = PIECE_V // SAMPLE_STRIDE
+            offs_s = tl.arange(0, NUM_SAMPLES)
+            # each from another place of its group, or a period in the vocabulary would mislead
+            picked = piece * PIECE_V + offs_s * SAMPLE_STRIDE + offs_s * 11 % SAMPLE_STRIDE
+            sample = tl.load(row_ptr + picked, mask=picked < V, other=-INF)
+            tl.store(sample_ptr + slot * NUM_SAMPLES + offs_s, without_nan(sample))
 
 
 @triton.jit
-def _key_to_float(key):
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
-    return bits.to(tl.float32, bitcast=True)
+def _uniform(seed, step):
+    """A number in (0, 1) with 52 random bits, fp64."""
+    zero = tl.zeros([1], tl.uint32)
+    high, low, _, _ = tl.philox(seed, zero, zero + step.to(tl.uint32), zero, zero)
+    bits = ((high >> 6).to(tl.int64) << 26) | (low >> 6).to(tl.int64)
+    return tl.sum((bits.to(tl.float64) + 0.5) * 2.220446049250313e-16, axis=0)  # 2 ** -52
 
 
 @triton.jit
-def _scan_row(row_ptr, V, pivot, floor, top, inv_temperature, BLOCK_V: tl.constexpr):
-    """(count of logits >= pivot, their mass relative to top without those below floor)."""
-    count = tl.zeros([BLOCK_V], tl.int32)
-    mass = tl.zeros([BLOCK_V], tl.float32)
-    for v in range(0, V, BLOCK_V):
-        offs_v = v + tl.arange(0, BLOCK_V)
-        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
-        above = (x >= pivot) & (offs_v < V)
-        count += above.to(tl.int32)
-        mass += tl.where(above & (x >= floor), tl.exp((x - top) * inv_temperature), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+def _locate(weights, share, BLOCK: tl.constexpr):
+    """(index, rest): the first at which the running sum passes this share of all, and how far into
+    it that is, as a share. Never one of no weight, unless none has any."""
+    offs = tl.arange(0, BLOCK)
+    weights = weights.to(tl.float64)
+    sums = tl.cumsum(weights, axis=0)
+    wanted = share * tl.sum(weights, axis=0)
+    first = tl.min(tl.where((sums > wanted) & (weights > 0.0), offs, BLOCK), axis=0)
+    # rounding may leave none
+    last = tl.max(tl.where(weights > 0.0, offs, 0), axis=0)
+    index = tl.where(first < BLOCK, first, last)
+    before = tl.sum(tl.where(offs < index, weights, 0.0), axis=0)
+    inside = tl.sum(tl.where(offs == index, weights, 0.0), axis=0)
+    # 24 bits of a piece's mass do; an fp64 division is a call that spills
+    return index, (wanted - before).to(tl.float32) / inside.to(tl.float32)
 
 
 @triton.jit
-def _largest_pivot(
-    row_ptr, V, want, floor, top, inv_temperature, BY_MASS: tl.constexpr, NUM_BITS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The largest value with `want` logits, or that much mass, at or above it: bit by bit."""
-    key = tl.zeros([], tl.uint32)
-    for bit in range(NUM_BITS):
-        trial = key | (tl.full([], 1, tl.uint32) << (31 - bit))
-        count, mass = _scan_row(
-            row_ptr, V, _key_to_float(trial), floor, top, inv_temperature, BLOCK_V
-        )
-        enough = mass >= want if BY_MASS else count >= want
-        key = tl.where(enough, trial, key)
-    # keys under that of -inf stand for NaNs
-    return tl.where(key < 0x007FFFFF, float("-inf"), _key_to_float(key))
-
-
-@triton.jit
-def _threshold_kernel(
+def _draw_kernel(
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    threshold_ptr,
-    V,
-    stride_l_b,
-    NUM_BITS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program finds the smallest logit that its row keeps. NUM_BITS: how many bits of a logit's
-    fp32 pattern, from the top, its dtype can set."""
-    wait_for_inputs(PDL)
-    b = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + b)
-    top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
-    min_p = tl.load(min_p_ptr + b)
-    threshold = float("-inf")
-    limits_k = (top_k > 0) & (top_k < V)
-    if (temperature > 0.0) & (limits_k | (top_p < 1.0) | (min_p > 0.0)):
-        row_ptr = logits_ptr + b * stride_l_b
-        highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
-        for v in range(0, V, BLOCK_V):
-            offs_v = v + tl.arange(0, BLOCK_V)
-            x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf"))
-            highest = tl.maximum(highest, x.to(tl.float32))
-        top = tl.max(highest, axis=0)
-        inv = 1.0 / temperature
-        if limits_k:
-            threshold = _largest_pivot(row_ptr, V, top_k, top, top, inv, False, NUM_BITS, BLOCK_V)
-        if top_p < 1.0:
-            floor = threshold
-            _, total = _scan_row(row_ptr, V, floor, floor, top, inv, BLOCK_V)
-            pivot = _largest_pivot(
-                row_ptr, V, top_p * total, floor, top, inv, True, NUM_BITS, BLOCK_V
-            )
-            threshold = tl.maximum(threshold, pivot)
-        if min_p > 0.0:
-            threshold = tl.maximum(threshold, top + tl.log(min_p) * temperature)
-    tl.store(threshold_ptr + b, threshold)
-
-
-@triton.jit
-def _best_of_quarter(best, index, row_ptr, bits, offs_v, V, threshold, temperature):
-    """Fold one quarter's scores into the best so far. bits: [BLOCK_V] uint32 of noise."""
-    x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
-    if temperature > 0.0:
-        uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
-        noisy = x / temperature - tl.log(-tl.log(uniform))
-        x = tl.where(x >= threshold, noisy, float("-inf"))
-    # quarters come in rising order of token ids: of equals the first stays
-    better = x > best
-    return tl.where(better, x, best), tl.where(better, offs_v, index)
-
-
-@triton.jit
-def _gumbel_max_kernel(
-    logits_ptr,
-    temperature_ptr,
-    threshold_ptr,
     seeds_ptr,
     steps_ptr,
-    best_ptr,
-    index_ptr,
-    V,
-    stride_l_b,
-    BLOCK_V: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program takes BLOCK_V tokens of each quarter of one row's vocabulary."""
-    wait_for_inputs(PDL)
-    b = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1)
-    quarter = tl.cdiv(V, 4)
-    offs_q = piece * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_ptr = logits_ptr + b * stride_l_b
-    temperature, threshold = tl.load(temperature_ptr + b), tl.load(threshold_ptr + b)
-    zero = tl.zeros([BLOCK_V], tl.uint32)
-    bits_0, bits_1, bits_2, bits_3 = zero, zero, zero, zero
-    if temperature > 0.0:
-        step = zero + tl.load(steps_ptr + b).to(tl.uint32)
-        bits_0, bits_1, bits_2, bits_3 = tl.philox(
-            tl.load(seeds_ptr + b), offs_q.to(tl.uint32), step, zero, zero
-        )
-    best = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    last = tl.full([BLOCK_V], V, tl.int32)
-    # past the end of a quarter the next one begins: V masks those tokens
-    inside = offs_q < quarter
-    best, index = _best_of_quarter(
-        best, last, row_ptr, bits_0, tl.where(inside, offs_q, V), V, threshold, temperature
-    )
-    best, index = _best_of_quarter(
-        best, index, row_ptr, bits_1, tl.where(inside, offs_q + quarter, V), V, threshold,
-        temperature,
-    )  # fmt: skip
-    best, index = _best_of_quarter(
-        best, index, row_ptr, bits_2, tl.where(inside, offs_q + 2 * quarter, V), V, threshold,
-        temperature,
-    )  # fmt: skip
-    best, index = _best_of_quarter(
-        best, index, row_ptr, bits_3, tl.where(inside, offs_q + 3 * quarter, V), V, threshold,
-        temperature,
-    )  # fmt: skip
-    top = tl.max(best, axis=0)
-    first = tl.min(tl.where(best == top, index, V), axis=0)
-    tl.store(best_ptr + b * tl.num_programs(1) + piece, top)
-    tl.store(index_ptr + b * tl.num_programs(1) + piece, first)
-
-
-@triton.jit
-def _best_piece_kernel(
-    best_ptr,
-    index_ptr,
+    top_ptr,
+    mass_ptr,
+    bracket_ptr,
+    found_count_ptr,
+    found_mass_ptr,
+    candidates_ptr,
     out_ptr,
     V,
+    stride_l_b,
     NUM_PIECES: tl.constexpr,
+    PIECE_V: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program picks one row's token among the pieces' best."""
+    """One program picks one row's token: a piece by the pieces' masses, then a token of it."""
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + b * stride_l_b
+    temperature = tl.load(temperature_ptr + b)
+    scale = per_octave(temperature)
+    top, mass = mass_of_pieces(top_ptr, mass_ptr, b, scale, NUM_PIECES, BLOCK_P)
     offs_p = tl.arange(0, BLOCK_P)
-    mask_p = offs_p < NUM_PIECES
-    best = tl.load(best_ptr + b * NUM_PIECES + offs_p, mask=mask_p, other=float("-inf"))
-    index = tl.load(index_ptr + b * NUM_PIECES + offs_p, mask=mask_p, other=V)
-    token_id = tl.min(tl.where(best == tl.max(best, axis=0), index, V), axis=0)
-    # a row of nothing but -inf or NaN still names a token: what follows looks it up
-    tl.store(out_ptr + b, tl.where(token_id < V, token_id, 0).to(tl.int64))
+    threshold, share = -INF, tl.zeros([], tl.float64)
+    if temperature > 0.0:
+        share = _uniform(tl.load(seeds_ptr + b), tl.load(steps_ptr + b))
+        if tl.load(bracket_ptr + b * 5 + 4) > 0.0:
+            threshold, mass = threshold_of(
+                row_ptr, found_count_ptr + b * 2 * NUM_PIECES, found_mass_ptr + b * 2 * NUM_PIECES,
+                candidates_ptr + b * NUM_PIECES * MAX_CANDIDATES, bracket_ptr + b * 5,
+                tl.load(top_k_ptr + b), tl.load(top_p_ptr + b), tl.load(min_p_ptr + b), temperature,
+                V, NUM_PIECES, PIECE_V, MAX_CANDIDATES, SHIFT, BLOCK_P, BLOCK_C,
+            )  # fmt: skip
+    else:  # the first of the largest: all weight on them, and a share of zero
+        tops = tl.load(top_ptr + b * NUM_PIECES + offs_p, mask=offs_p < NUM_PIECES, other=-INF)
+        mass = ((tops == top) & (offs_p < NUM_PIECES)).to(tl.float32)
+    piece, share = _locate(mass, share, BLOCK_P)
+    offs_v = piece * PIECE_V + tl.arange(0, PIECE_V)
+    x = without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))
+    weights = tl.where(x >= threshold, weights_of(x, top, scale), 0.0)
+    weights = tl.where(temperature > 0.0, weights, (x == top).to(tl.float32))
+    token, _ = _locate(weights, share, PIECE_V)
+    tl.store(out_ptr + b, (piece * PIECE_V + token).to(tl.int64))
 
 
 def sample(
@@ -206,73 +196,111 @@ def sample(
     seeds: Tensor,
     steps: Tensor,
     *,
+    workspace: SampleWorkspace | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One token id per row, by the Gumbel-max trick over kept tokens. logits: [B, V] -> [B] int64.
+    """One token id per row, by inverting the CDF of its kept tokens. logits: [B, V] -> [B] int64.
 
     temperature: [B] fp32, 0 takes the largest logit (the first of equals); top_k: [B] int32, 0 for
     all; top_p: [B] fp32 in (0, 1]; min_p: [B] fp32 in [0, 1]; seeds: [B] int64; steps: [B] int32,
     which draw of its seed a row makes, so that a row's token does not depend on the other rows.
-    What is kept is said at `kernels.reference.sample`. The noise is Philox4x32-10 (Salmon et al.,
-    2011). Raises ValueError where a shape or a stride does not fit.
+    What is kept is said at `kernels.reference.sample`. The uniform number is Philox4x32-10 (Salmon
+    et al., 2011). workspace: from `sample_workspace`, for at least B rows, used by one stream at a
+    time. Raises ValueError where a shape or a stride does not fit.
     """
     num_rows, vocab_size = logits.shape
     require_unit_stride("logits", logits)
-    for name, tensor in (
-        ("temperature", temperature),
-        ("top_k", top_k),
-        ("top_p", top_p),
-        ("min_p", min_p),
-        ("seeds", seeds),
-        ("steps", steps),
-    ):
+    params = (temperature, top_k, top_p, min_p, seeds, steps)
+    names = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+    for name, tensor in zip(names, params, strict=True):
         require_shape(name, tensor, num_rows)
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     require_shape("out", out, num_rows)
     if num_rows == 0:
         return out
-    num_pieces = cdiv(cdiv(vocab_size, 4), BLOCK_V)
+    w = sample_workspace(num_rows, vocab_size, logits.device) if workspace is None else workspace
+    num_pieces = cdiv(vocab_size, PIECE_V)
+    if w.top.shape[0] < num_rows or w.top.shape[1] != num_pieces:
+        wanted = f"[>= {num_rows}, {num_pieces}]"
+        raise ValueError(f"workspace must hold {wanted} pieces, got {list(w.top.shape)}")
+    _launch(logits, params, w, out)
+    return out
+
+
+def _launch(logits: Tensor, params: tuple[Tensor, ...], w: SampleWorkspace, out: Tensor) -> None:
+    """The four kernels. params: the tensors behind the logits."""
+    num_rows, vocab_size = logits.shape
+    num_pieces, num_samples = w.top.shape[1], w.sample.shape[1]
+    block_p = next_power_of_2(num_pieces)
+    # bits of an fp32 pattern, from its end, that the dtype of the logits leaves zero
+    shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     options = launch_options(logits.device)
-    threshold = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    best = torch.empty(num_rows, num_pieces, dtype=torch.float32, device=logits.device)
-    index = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=logits.device)
-    _threshold_kernel[(num_rows,)](
+    row = (vocab_size, logits.stride(0))
+    _piece_kernel[(num_pieces, num_rows)](
         logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        threshold,
+        *params[:3],
+        w.top,
+        w.mass,
+        w.sample,
+        *row,
+        PIECE_V=PIECE_V,
+        SAMPLE_STRIDE=SAMPLE_STRIDE,
+        num_warps=PIECE_WARPS,
+        **options,
+    )
+    _bracket_kernel[(num_rows,)](
+        *params[:4],
+        w.top,
+        w.mass,
+        w.sample,
+        w.bracket,
         vocab_size,
-        logits.stride(0),
-        NUM_BITS={torch.bfloat16: 16, torch.float16: 19}.get(logits.dtype, 32),
-        BLOCK_V=SCAN_BLOCK_V,
+        NUM_PIECES=num_pieces,
+        NUM_SAMPLES=num_samples,
+        SAMPLE_STRIDE=SAMPLE_STRIDE,
+        NUM_STEPS=ESTIMATE_STEPS,
+        SHIFT=shift,
+        BLOCK_P=block_p,
+        BLOCK_S=next_power_of_2(num_samples),
         num_warps=8,
         **options,
     )
-    _gumbel_max_kernel[(num_rows, num_pieces)](
+    # which program takes which pieces is free to depend on the batch: a piece has its own results
+    programs = cdiv(device_sms(logits.device) * GATHER_PROGRAMS_PER_SM, num_rows)
+    _gather_kernel[(min(programs, num_pieces), num_rows)](
         logits,
-        temperature,
-        threshold,
-        seeds,
-        steps,
-        best,
-        index,
-        vocab_size,
-        logits.stride(0),
-        BLOCK_V=BLOCK_V,
-        num_warps=4,
-        **options,
-    )
-    _best_piece_kernel[(num_rows,)](
-        best,
-        index,
-        out,
-        vocab_size,
+        params[0],
+        w.top,
+        w.bracket,
+        w.found_count,
+        w.found_mass,
+        w.candidates,
+        *row,
         NUM_PIECES=num_pieces,
-        BLOCK_P=next_power_of_2(num_pieces),
-        num_warps=1,
+        PIECE_V=PIECE_V,
+        MAX_CANDIDATES=MAX_CANDIDATES,
+        BLOCK_V=min(PIECE_V, 1024),
+        num_warps=GATHER_WARPS,
         **options,
     )
-    return out
+    _draw_kernel[(num_rows,)](
+        logits,
+        *params,
+        w.top,
+        w.mass,
+        w.bracket,
+        w.found_count,
+        w.found_mass,
+        w.candidates,
+        out,
+        *row,
+        NUM_PIECES=num_pieces,
+        PIECE_V=PIECE_V,
+        MAX_CANDIDATES=MAX_CANDIDATES,
+        SHIFT=shift,
+        BLOCK_P=block_p,
+        BLOCK_C=max(SCAN_TILE // block_p, 16),
+        num_warps=8,
+        **options,
+    )

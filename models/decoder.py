@@ -44,6 +44,7 @@ class StageBuffers:
     act: Tensor  # [T, I]
     logits: Tensor  # [B, V]
     workspace: Any  # scratch of decode attention, None where it needs none
+    sample_workspace: Any  # scratch of sampling, None where it needs none
 
     def first(self, num_tokens: int, num_rows: int) -> "StageBuffers":
         """The same buffers, cut to the launch's tokens and sampled rows."""
@@ -92,6 +93,7 @@ class Decoder:
             act=empty(max_tokens, c.intermediate_size),
             logits=empty(max_rows, c.vocab_size),
             workspace=workspace,
+            sample_workspace=self.ops.sample_workspace(max_rows, c.vocab_size, embedding.device),
         )
 
     def embed(self, token_ids: Tensor, buffers: StageBuffers) -> None:

@@ -26,6 +26,7 @@ OPS = [
     "copy_blocks",
     "sample",
     "decode_workspace",
+    "sample_workspace",
 ]
 LAUNCH_ONLY = {"out", "tile", "num_sms", "workspace"}
 
@@ -53,7 +54,7 @@ def test_launcher_and_reference_have_one_signature(name):
 def test_every_reference_has_a_launcher():
     public = inspect.getmembers(reference, inspect.isfunction)
     names = {name for name, f in public if f.__module__ == reference.__name__ and name[0] != "_"}
-    assert names - {"gumbel_noise"} == set(OPS)  # the noise has no launch of its own
+    assert names - {"uniform"} == set(OPS)  # the number has no launch of its own
 
 
 IMPORT = """
@@ -203,6 +204,10 @@ MISTAKES = {
     ),
     "sample top_k": (lambda: sample(top_k=zeros(3).int()), "top_k must be [2], got [3]"),
     "sample logits": (lambda: sample(logits=zeros(2, 9)[:, ::2]), "logits must be contiguous"),
+    "sample workspace": (
+        lambda: sample(workspace=kernels.sample_workspace(1, 9, DEVICE)),
+        "workspace must hold [>= 2, 1] pieces, got [1, 1]",
+    ),
     "sample out": (lambda: sample(out=zeros(3).long()), "out must be [2], got [3]"),
 }
 

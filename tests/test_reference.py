@@ -174,22 +174,20 @@ def test_philox(seed, c0, c1):
     assert [int(word) for word in words] == philox([c0, c1, 0, 0], key)
 
 
-def test_gumbel_noise():
-    """Word v // ceil(V / 4) of block v % ceil(V / 4), as a uniform number, twice logged."""
-    noise = reference.gumbel_noise(ints([5, 7], torch.int64), ints([0, 3]), 10)
-    for b, (seed, step) in enumerate([(5, 0), (7, 3)]):
-        for v in range(10):
-            word = philox([v % 3, step, 0, 0], [seed, 0])[v // 3]
-            wanted = -math.log(-math.log(((word >> 9) + 0.5) / 2**23))
-            assert math.isclose(float(noise[b, v]), wanted, rel_tol=1e-5, abs_tol=1e-6)
+def test_uniform():
+    """The upper 26 bits of two words of the block (0, step)."""
+    share = reference.uniform(ints([5, -7], torch.int64), ints([0, 3]))
+    for b, (seed, step) in enumerate([(5, 0), (-7, 3)]):
+        high, low, _, _ = philox([0, step, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+        assert float(share[b]) == ((high >> 6) * 2**26 + (low >> 6) + 0.5) / 2**52
 
 
-def test_gumbel_noise_is_finite_and_has_its_moments():
-    noise = reference.gumbel_noise(ints(range(20), torch.int64), ints([0] * 20), 50_000).double()
-    assert noise.isfinite().all()
+def test_uniform_is_within_its_bounds_and_has_its_moments():
+    share = reference.uniform(torch.arange(1_000_000), torch.zeros(1_000_000))
+    assert float(share.min()) > 0 and float(share.max()) < 1
     # 1e6 draws: five standard errors of the mean and of the variance
-    assert abs(float(noise.mean()) - 0.5772156649) < 5 * 1.2825 / 1e3
-    assert abs(float(noise.var()) - math.pi**2 / 6) < 5 * 3.5 / 1e3
+    assert abs(float(share.mean()) - 1 / 2) < 5 * 12**-0.5 / 1e3
+    assert abs(float(share.var()) - 1 / 12) < 5 * 180**-0.5 / 1e3
 
 
 def kept_by_hand(scaled: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:

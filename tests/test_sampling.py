@@ -1,15 +1,17 @@
-"""Token ids from logits: greedy, the kept tokens, the noise, and what a row may depend on."""
+"""Token ids from logits: greedy, the kept tokens, their shares, and what a row may depend on."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels import reference
+from kernels import reference, sampling
 from tests.strategies import DEVICE, dtypes, ints, randn, seeds, strided
 
 INF = float("inf")
@@ -70,27 +72,46 @@ def draw_logits(kind: str, seed: int, num_rows: int, V: int, dtype: torch.dtype)
 kinds = st.sampled_from(["plain", "spread", "ties", "equal", "masked", "extreme"])
 
 
-def assert_sampled(tokens: Tensor, logits: Tensor, params: tuple[Tensor, ...]) -> None:
-    """Each token has the largest noisy score among those kept, as far as fp32 can tell.
+# Share of the mass that fp32 may misplace: a weight's exponent of up to 17 (weights under 2**-24
+# do not count) is off by 17 * 2**-24, a sum of 2**12 weights by less than its depth, 12 * 2**-24.
+SLACK = 1e-5
 
-    Sums in another order may decide otherwise: what is kept within 1e-4 of top_p and min_p, and
-    what is largest within some spacings of the scores.
+
+def assert_sampled(tokens: Tensor, logits: Tensor, params: tuple[Tensor, ...]) -> None:
+    """Each token is where the CDF of the kept tokens passes the row's uniform number.
+
+    What is kept within SLACK of top_p and min_p may be decided otherwise; the CDF then moves by the
+    mass that is in doubt.
     """
     temperature, top_k, top_p, min_p, row_seeds, steps = params
     assert tokens.dtype == torch.int64 and tokens.shape == temperature.shape
     greedy = temperature <= 0
-    assert torch.equal(tokens[greedy], logits[greedy].float().argmax(-1))
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    scores = scaled + reference.gumbel_noise(row_seeds, steps, logits.shape[1])
+    clean = logits.double().nan_to_num(-INF, torch.finfo(torch.float32).max, -INF)
+    assert torch.equal(tokens[greedy], clean[greedy].argmax(-1))
+    scaled = clean / torch.where(greedy, 1.0, temperature)[:, None]
     plain = ((top_k <= 0) & (top_p >= 1) & (min_p <= 0))[:, None]
-    less_p = torch.where(top_p < 1, (top_p - 1e-4).clamp_min(1e-9), top_p)
-    kept = plain | reference._kept_tokens(scaled, top_k, top_p + 1e-4, min_p * (1 - 1e-4))
-    surely = plain | reference._kept_tokens(scaled, top_k, less_p, (min_p * 1.0001).clamp_max(1))
-    best = scores.masked_fill(~surely, -INF).amax(-1)
-    slack = 1e-4 + 2.0**-21 * best.abs()
-    is_kept = kept.gather(1, tokens[:, None])[:, 0]
-    is_best = scores.gather(1, tokens[:, None])[:, 0] >= best - slack
-    assert (greedy | (is_kept & is_best)).all()
+    less_p = torch.where(top_p < 1, top_p.double() - SLACK, 1.0)
+    kept = plain | reference._kept_tokens(
+        scaled, top_k, top_p.double() + SLACK, min_p * (1 - SLACK)
+    )
+    surely = reference._kept_tokens(scaled, top_k, less_p, (min_p * (1 + SLACK)).clamp_max(1))
+    weights = torch.softmax(scaled.masked_fill(~kept, -INF), dim=-1)
+    in_doubt = weights.masked_fill(plain | surely, 0).sum(-1)
+    after = weights.cumsum(-1).gather(1, tokens[:, None])[:, 0]
+    weight = weights.gather(1, tokens[:, None])[:, 0]
+    assert (greedy | (weight > 0)).all(), "a token that is not kept"
+    share = reference.uniform(row_seeds, steps)
+    slack = SLACK + 2 * in_doubt
+    assert (greedy | ((share >= after - weight - slack) & (share <= after + slack))).all()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 64 tokens, of which 8 may be set aside: every way of the search, at small V."""
+    monkeypatch.setattr(sampling, "PIECE_V", 64)
+    monkeypatch.setattr(sampling, "SAMPLE_STRIDE", 4)
+    monkeypatch.setattr(sampling, "MAX_CANDIDATES", 8)
+    monkeypatch.setattr(sampling, "SCAN_TILE", 256)
 
 
 @given(
@@ -117,6 +138,54 @@ def test_sample_matches_reference(batch, V, kind, spread, give_out, dtype, seed)
     assert out is None or tokens is out
     assert_sampled(tokens, logits, params)
     assert torch.equal(kernels.sample(logits, *params), tokens)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.lists(rows, min_size=1, max_size=3),
+    V=st.integers(1, 300),
+    kind=kinds,
+    dtype=dtypes,
+    seed=seeds,
+)
+@example([Row(1.0, top_p=0.5), Row(1.0, top_k=200)], 300, "plain", torch.float32, 0)
+@example([Row(3.0, top_p=0.5, min_p=0.9), Row(1.0, 50, 0.9, 0.02)], 300, "ties", torch.float16, 0)
+def test_sample_of_many_pieces(small_pieces, batch, V, kind, dtype, seed):
+    logits, params = draw_logits(kind, seed, len(batch), V, dtype), tensors(batch)
+    assert_sampled(kernels.sample(logits, *params), logits, params)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.lists(rows, min_size=1, max_size=3),
+    kind=kinds,
+    low=st.sampled_from([-INF, -20.0, 0.0, 1.0, INF]),
+    width=st.sampled_from([0.0, 1.0, INF]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_a_wrong_estimate_costs_only_time(small_pieces, batch, kind, low, width, dtype, seed):
+    """Whatever bracket the search is given, the tokens are those of an honest one."""
+    logits, params = draw_logits(kind, seed, len(batch), 300, dtype), tensors(batch)
+    honest = kernels.sample(logits, *params)
+
+    class Misleading:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def run(*arguments: Tensor | int, **options: Any) -> None:
+                kernel[grid](*arguments, **options)
+                bracket = arguments[7]
+                searched = ((params[1] > 0) & (params[1] < 300)) | (params[2] < 1)
+                bracket[searched, 0] = low
+                bracket[searched, 1] = low + width if low > -INF else INF
+
+            return run
+
+    kernel = sampling._bracket_kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_bracket_kernel", Misleading())
+        tokens = kernels.sample(logits, *params)
+    assert_sampled(tokens, logits, params)
+    assert_sampled(honest, logits, params)
 
 
 @given(batch=st.lists(rows, min_size=1, max_size=4), V=vocab_sizes, dtype=dtypes, seed=seeds)
@@ -147,6 +216,34 @@ def test_seed_and_step_each_change_the_draw():
     assert len(set(by_step.tolist())) > 60 and len(set(by_seed.tolist())) > 60
 
 
+@given(
+    batches=st.lists(st.lists(rows, min_size=1, max_size=3), min_size=2, max_size=3),
+    V=vocab_sizes,
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_workspace_is_reused_from_batch_to_batch(batches, V, dtype, seed):
+    workspace = kernels.sample_workspace(3, V, DEVICE)
+    for nth, batch in enumerate(batches):
+        logits, params = draw_logits("spread", seed + nth, len(batch), V, dtype), tensors(batch)
+        tokens = kernels.sample(logits, *params, workspace=workspace)
+        assert torch.equal(tokens, kernels.sample(logits, *params))
+        for field in fields(workspace):  # nothing in it may be carried over
+            getattr(workspace, field.name).fill_(-1 if field.name == "found_count" else INF)
+
+
+@given(batch=st.lists(rows, min_size=3, max_size=3), V=st.integers(1, 300), dtype=dtypes)
+@example([Row(0.0), Row(1.0), Row(1.0, 2, 0.5, 0.1)], 300, torch.float16)
+def test_rows_that_are_no_numbers_still_name_a_token(batch, V, dtype):
+    """Where fp16 overflows there are infinities and, behind them, NaNs."""
+    logits = draw_logits("plain", 0, 3, V, dtype)
+    logits[0] = float("nan")
+    logits[1, ::2], logits[1, 1::2] = float("nan"), -INF
+    logits[2, V // 2] = INF  # all the mass there is
+    tokens = kernels.sample(logits, *tensors(batch)).tolist()
+    assert 0 <= tokens[0] < V and 0 <= tokens[1] < V and tokens[2] == V // 2
+
+
 def test_a_forbidden_token_is_never_drawn():
     """-inf stays out however hot the row, and a row of -inf alone still names a token."""
     logits = torch.full((200, 40), -INF, device=DEVICE)
@@ -154,6 +251,19 @@ def test_a_forbidden_token_is_never_drawn():
     tokens = kernels.sample(logits, *tensors([Row(3.0, seed=n) for n in range(200)]))
     assert set(tokens[:100].tolist()) <= {7, 39}
     assert set(tokens[100:].tolist()) == {0}
+
+
+def test_the_ends_of_the_interval_draw_kept_tokens(monkeypatch):
+    """Seeds whose number is within 2**-12 of 0 or 1, where only rounding is left of the CDF."""
+    row_seeds = torch.arange(40_000)
+    share = reference.uniform(row_seeds, torch.zeros_like(row_seeds))
+    ends = row_seeds[(share < 2**-12) | (share > 1 - 2**-12)].tolist()
+    assert len(ends) > 5
+    logits = torch.full((len(ends), 300), -INF, device=DEVICE)
+    logits[:, [5, 6, 7, 200]] = torch.tensor([-60.0, 3.0, 3.0, -60.0], device=DEVICE)
+    for row in (Row(1.0), Row(1.0, top_k=2), Row(1.0, top_p=0.9)):
+        batch = [replace(row, seed=seed) for seed in ends]
+        assert set(kernels.sample(logits, *tensors(batch)).tolist()) == {6, 7}
 
 
 def chi_square(tokens: Tensor, probs: Tensor) -> float:
@@ -174,6 +284,19 @@ def test_tokens_are_drawn_in_their_proportions():
     assert chi_square(tokens, (logits / temperature).softmax(-1).cpu()) < CRITICAL
     # the test has the power to tell a temperature of 1.0 from one of 0.7
     assert chi_square(tokens, logits.softmax(-1).cpu()) > CRITICAL
+
+
+def test_limited_tokens_are_drawn_in_their_proportions(small_pieces):
+    """Over many pieces; the kept are renormalised."""
+    num_draws, V = 250, 256
+    logits = randn(1, (V,), dtype=torch.float32)[0]
+    logits[::32] = logits[::32] * 1.5 + 10  # the top-k, in four pieces
+    logits = logits.half()
+    batch = [Row(1.0, top_k=8, seed=n) for n in range(num_draws)]
+    tokens = kernels.sample(logits.expand(num_draws, V).contiguous(), *tensors(batch))
+    assert (tokens % 32 == 0).all()
+    assert chi_square(tokens // 32, logits[::32].float().softmax(-1).cpu()) < CRITICAL
+    assert chi_square(tokens // 32, torch.full((8,), 1 / 8)) > CRITICAL
 
 
 @pytest.mark.parametrize(
