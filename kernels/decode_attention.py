@@ -226,10 +226,10 @@ def _decode_attention_kernel(
     num_groups = tl.num_programs(0) // H_KV
     offs_b = tl.arange(0, BLOCK_B)
     lens = tl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
-    num_splits, split_len = _cut(lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, BLOCK_N)
+    splits, lens_of_splits = _cut(lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, BLOCK_N)
     # dealt out in units of BLOCK_N tokens, for splits differ in length: to each group the splits
     # that begin within its share
-    units = tl.where(offs_b < B, num_splits * (split_len // BLOCK_N), 0)
+    units = tl.where(offs_b < B, splits * (lens_of_splits // BLOCK_N), 0)
     ends = tl.cumsum(units, axis=0)  # [BLOCK_B], units of the requests up to each
     in_all = tl.sum(units, axis=0)
     share, share_end = in_all * group // num_groups, in_all * (group + 1) // num_groups

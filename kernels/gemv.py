@@ -85,10 +85,10 @@ def choose_tile(depth: int, *, gated: bool) -> Tile:
     """Rows of weight a program reads at a time, and how many loads it issues before the first use
     (num_stages counts them here), as found best on an H100."""
     if depth <= 1024:
-        return _tile(2, 1024, 2, 1) if gated else _tile(4, 512, 2, 4)
+        return _tile(2, 1024, 4, 1) if gated else _tile(4, 512, 2, 4)
     if depth < 4096:
         return _tile(2, 2048, 8, 2)
-    return _tile(2, 1024, 4, 4)
+    return _tile(2, 4096, 8, 1) if gated else _tile(2, 1024, 4, 4)
 
 
 def launch_gemv(
