@@ -88,7 +88,7 @@ def choose_tile(depth: int, *, gated: bool) -> Tile:
         return _tile(2, 1024, 4, 1) if gated else _tile(4, 512, 2, 4)
     if depth < 4096:
         return _tile(2, 2048, 8, 2)
-    return _tile(2, 4096, 8, 1) if gated else _tile(2, 1024, 4, 4)
+    return _tile(2, 1024, 4, 4)
 
 
 def launch_gemv(

@@ -38,7 +38,7 @@ tiles = st.none() | st.builds(
     num_stages=st.just(2),  # of fp32, three do not fit a GPU's shared memory
 )
 SHIPPED = {name: getattr(decode_attention, name) for name in ("SPLIT_LEN", "MAX_SPLITS")}
-SPLIT_LEN, SPLITS = 64, 6  # in place of the launcher's: as many cases on fewer tokens
+SPLIT_LEN, SPLITS = 64, 8  # in place of the launcher's: as many cases on fewer tokens
 long_lens = st.integers(1, 3 * SPLIT_LEN + 1)  # up to four splits
 many_splits = (SPLITS - 1) * SPLIT_LEN
 small = {"head_dim": 16, "group": 1, "num_layers": 1}
