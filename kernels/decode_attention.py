@@ -31,7 +31,8 @@ SPLIT_LEN = 256  # tokens in a split: with fewer, joining them costs too much be
 MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves programs without work:
 FEW_SPLITS = 4  # into so many, if each has the least
 MAX_SPLITS = 128  # splits of one context, a power of two
-JOIN_ROWS = 32  # partial results, of queries and splits, that are loaded at a time to be joined
+JOIN_ROWS = 64  # partial results, of queries and splits, that are loaded at a time to be joined
+MIN_BLOCK_J = 4  # rows of a join: with fewer, it takes more registers than all the rest
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
@@ -173,7 +174,7 @@ def _join_splits(
     top = tl.where(offs_j < GROUP, tl.max(all_tops, axis=0), 0.0)
     total = tl.zeros([BLOCK_J], tl.float32)
     acc = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
-    for start in range(0, num_splits, BLOCK_S):
+    for start in tl.range(0, num_splits, BLOCK_S, num_stages=1):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < num_splits)[:, None] & mask_j  # [BLOCK_S, BLOCK_J]
         rows = offs_s[:, None] * GROUP + offs_j[None, :]
@@ -375,6 +376,7 @@ def decode_attention(
         wanted = f"[>= {2 * num_programs}, {MAX_SPLITS}, {group}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
     tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
+    block_j = max(MIN_BLOCK_J, next_power_of_2(group))
     _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
@@ -401,10 +403,10 @@ def decode_attention(
         MIN_SPLIT_LEN=MIN_SPLIT_LEN,
         FEW_SPLITS=FEW_SPLITS,
         MAX_SPLITS=MAX_SPLITS,
-        BLOCK_S=max(JOIN_ROWS // next_power_of_2(group), 1),
+        BLOCK_S=max(JOIN_ROWS // block_j, 1),
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
-        BLOCK_J=next_power_of_2(group),
+        BLOCK_J=block_j,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
