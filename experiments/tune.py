@@ -26,6 +26,7 @@ from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
 from kernels import Tile, gemv, reference
 from kernels.linear import choose_tile as choose_matmul_tile
+from kernels.tall_matmul import has_form, ring_tile
 from kernels.tile import device_sms
 from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
 
@@ -119,17 +120,18 @@ def products(model: str, num_tokens: int) -> list[Product]:
 
 def candidates(num_tokens: int) -> list[Tile]:
     """Tiles worth trying; those that do not fit a kernel or a GPU fail, and are passed over."""
+    if num_tokens > 64:
+        grid = itertools.product([False, True], [1, 2], [64, 128], [32, 64, 128, 256])
+        rings = [(ring_tile(c, rows, n, gated=gated), gated) for gated, c, rows, n in grid]
+        return list(dict.fromkeys(tile for tile, gated in rings if has_form(tile, gated=gated)))
     if num_tokens == 1:
         grid = itertools.product([1], [2, 4, 8], [512, 1024, 2048], [2, 4, 8], [2, 4])
-    elif num_tokens <= 64:
+    else:
         rows = [max(16, 1 << (num_tokens - 1).bit_length())]
         grid = itertools.product(rows, [16, 32, 64], [64, 128, 256], [2, 4], [3, 4, 5, 6])
-    else:
-        grid = itertools.product([64, 128, 256], [32, 64, 128, 256], [64, 128], [4, 8], [3, 4, 5])
     return [
         Tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in grid
-        if m * n <= 128 * 256
     ]
 
 
@@ -151,7 +153,7 @@ def sweep(
     for tile in tiles:
         try:
             readings.append((tile, ms_of(tile)))
-        except (OutOfResources, PTXASError, RuntimeError):  # it does not fit the GPU
+        except (OutOfResources, PTXASError, RuntimeError, ValueError):  # it does not fit
             continue
     return readings
 

@@ -28,7 +28,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import dependent_launch
+from kernels import dependent_launch, tall_matmul
+from kernels.thin_matmul import launch_thin_matmul
 
 NUM_SMS = 132
 DECODE_BATCHES = (1, 16, 64, 256)
@@ -127,22 +128,40 @@ def launch_prefill(m: Model, T: int, dtype: torch.dtype) -> None:
     kernels.copy_blocks(pool, pool, ints(8, dtype=torch.int64), ints(8, dtype=torch.int64))
 
 
+def launch_tall(m: Model, T: int, dtype: torch.dtype) -> None:
+    """Every tile that `tall_matmul` may choose, not only those that the shapes above lead to."""
+    x, weight = torch.empty(T, m.hidden, dtype=dtype), torch.empty(T, m.hidden, dtype=dtype)
+    out, bias = torch.empty(T, T, dtype=dtype), torch.empty(T, dtype=dtype)
+    for tile, _ in tall_matmul.PLAIN_TILES:
+        kernels.linear(x, weight, tile=tile)
+        kernels.linear(x, weight, bias, out, 1e-6, out=out, tile=tile)
+    for tile, _ in tall_matmul.GATED_TILES:
+        kernels.gate_up(x, weight, tile=tile)
+        kernels.gate_up(x, weight, 1e-6, tile=tile)
+
+
 def launch_squeezed(m: Model, T: int, dtype: torch.dtype) -> None:
     """A tile far too large for its warps, which must spill: that the measure can fail."""
     tile = kernels.Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4)
     x, weight = torch.empty(T, m.hidden, dtype=dtype), torch.empty(T, m.hidden, dtype=dtype)
-    kernels.linear(x, weight, tile=tile)
+    out = torch.empty(T, T, dtype=dtype)
+    launch_thin_matmul(x, weight, None, None, None, out, gated=False, tile=tile, num_sms=None)
 
 
-LAUNCHES = {"decode": launch_decode, "prefill": launch_prefill, "squeezed": launch_squeezed}
+LAUNCHES = {
+    "decode": launch_decode,
+    "prefill": launch_prefill,
+    "tall": launch_tall,
+    "squeezed": launch_squeezed,
+}
 
 
 def cases() -> list[tuple[str, str, str, int]]:
     """Model, dtype, phase, rows. fp16 for one model: only its fused norm differs."""
     sizes = [("prefill", PREFILL_TOKENS)] + [("decode", B) for B in DECODE_BATCHES]
     kinds = [(model, "bf16") for model in MODELS] + [("qwen3-0.6b", "fp16")]
-    squeezed = [("qwen3-0.6b", "bf16", "squeezed", PREFILL_TOKENS)]
-    return squeezed + [(model, dtype, phase, n) for phase, n in sizes for model, dtype in kinds]
+    extra = [("qwen3-0.6b", "bf16", phase, PREFILL_TOKENS) for phase in ("squeezed", "tall")]
+    return extra + [(model, dtype, phase, n) for phase, n in sizes for model, dtype in kinds]
 
 
 def compile_case(case: tuple[str, str, str, int]) -> list[dict]:
@@ -161,7 +180,7 @@ def compile_case(case: tuple[str, str, str, int]) -> list[dict]:
 
     run = JITFunction.run
     triton.runtime.driver.set_active(CrossDriver())
-    dependent_launch.has_dependent_launch = lambda device: True
+    dependent_launch.has_dependent_launch = tall_matmul.has_wgmma = lambda device: True
     JITFunction.run = stop_behind_compilation(run)
     try:
         LAUNCHES[phase](MODELS[model], n, DTYPES[dtype])

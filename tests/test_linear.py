@@ -19,8 +19,9 @@ tiles = st.none() | st.builds(
     BLOCK_N=st.sampled_from([16, 32, 64]),
     BLOCK_K=st.sampled_from([16, 64, 128]),
 )
+# many tokens take these to `tall_matmul` on Hopper, and to `thin_matmul` elsewhere
 TALL = Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64)
-WIDE = Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8)  # finished in two halves
+WIDE = Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8)
 
 
 def dot_scale(x: Tensor, weight: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def normed(x: Tensor) -> Tensor:
 @example(16, 32, 256, {"norm"}, None, None, torch.float16, 0)  # no masked lane
 @example(17, 33, 257, {"norm", "residual"}, None, None, torch.float16, 0)  # one lane over
 @example(64, 48, 96, {"norm"}, None, 3, torch.float32, 0)  # a full tile of rows
-@example(65, 48, 96, {"norm", "out"}, None, 3, torch.float16, 0)  # one row over: tall
+@example(65, 48, 96, {"norm", "out"}, None, 3, torch.float16, 0)  # one row over: many
 @example(65, 150, 64, {"bias", "residual"}, None, None, torch.float16, 0)  # rows out of alignment
 @example(70, 200, 136, {"norm", "residual", "strided", "out"}, TALL, 1, torch.float16, 0)
 @example(70, 264, 72, {"norm", "bias", "residual"}, WIDE, None, torch.float16, 0)

@@ -1,0 +1,237 @@
+"""The kernel of `tall_matmul`: warps that specialise, in Gluon, for Hopper.
+
+One warp loads: it walks the tiles of its program and fills a ring of buffers through the copy
+engine (TMA), as far ahead as the ring reaches, also while the tile before is being stored. The
+consumers, a warp group each, multiply (wgmma): each holds ROWS rows of a tile and reads the same
+weights as the others.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
+
+from kernels.tall_epilogue import finish, residual_chunks
+
+# Triton 3.6 and 3.9 name these differently
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+gdc_wait = tl.extra.cuda.gdc_wait
+gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
+
+
+@aggregate
+class Ring:
+    """What passes between the warps of a program: buffers, and whose turn each of them is."""
+
+    x: gl.shared_memory_descriptor  # [STAGES * CONSUMERS, ROWS, BLOCK_K]
+    weight: gl.shared_memory_descriptor  # [STAGES, WIDTH, BLOCK_K]
+    full: gl.shared_memory_descriptor  # [STAGES, 1] barriers: its bytes have arrived
+    empty: gl.shared_memory_descriptor  # [STAGES, 1] barriers: every consumer has read them
+    STAGES: gl.constexpr
+    CONSUMERS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, x, weight, full, empty, STAGES, CONSUMERS):
+        self.x = x
+        self.weight = weight
+        self.full = full
+        self.empty = empty
+        self.STAGES = gl.constexpr(STAGES)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
+
+
+@gluon.jit
+def _corner(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """First row and column of a tile. Tiles run down GROUP_M rows before they move right, so that
+    those at work together share rows of x and of the weight in L2."""
+    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * num_n)
+    top = group * GROUP_M
+    height = gl.minimum(num_m - top, GROUP_M)
+    inside = tile - group * (GROUP_M * num_n)
+    return (top + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The buffer after this one, and the phase of its barriers."""
+    wrap = stage + 1 == STAGES
+    return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _load_x(ring, x_desc, stage, row, k):
+    """[BLOCK_M, BLOCK_K] of x, to the consumers in turn."""
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    for c in gl.static_range(ring.CONSUMERS):
+        buffer = ring.x.index(stage * ring.CONSUMERS + c)
+        tma_load(x_desc, [row + c * ROWS, k], ring.full.index(stage), buffer)
+
+
+@gluon.jit
+def _load_weight(ring, weight_desc, stage, column, k, N):
+    """[BLOCK_N, BLOCK_K] of the weight; gated: of gate and, under it, of up."""
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    for half in gl.static_range(ring.weight.shape[1] // BLOCK_N):
+        buffer = ring.weight.index(stage).slice(half * BLOCK_N, BLOCK_N)
+        tma_load(weight_desc, [column + half * N, k], ring.full.index(stage), buffer)
+
+
+@gluon.jit
+def _load(ring, x_desc, weight_desc, M, N, K, GROUP_M: gl.constexpr, PDL: gl.constexpr):
+    """The producer, one warp: keeps the ring full."""
+    BLOCK_M: gl.constexpr = ring.CONSUMERS * x_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BYTES: gl.constexpr = (BLOCK_M + ring.weight.shape[1]) * BLOCK_K * 2
+    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    num_k = gl.cdiv(K, BLOCK_K)
+    # the kernel before writes no weights: those of the first round need not wait for its end
+    row, column = _corner(gl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    ahead = gl.minimum(num_k, ring.STAGES)
+    for i in range(ahead):
+        mbarrier.expect(ring.full.index(i), BYTES)
+        _load_weight(ring, weight_desc, i, column, i * BLOCK_K, N)
+    if PDL:
+        gdc_wait()
+    for i in range(ahead):
+        _load_x(ring, x_desc, i, row, i * BLOCK_K)
+    stage = ahead % ring.STAGES
+    phase = 1 - ahead // ring.STAGES  # 1 in the first round: no buffer has to be read before it
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        for block in range(ahead, num_k):
+            mbarrier.wait(ring.empty.index(stage), phase)
+            mbarrier.expect(ring.full.index(stage), BYTES)
+            _load_x(ring, x_desc, stage, row, block * BLOCK_K)
+            _load_weight(ring, weight_desc, stage, column, block * BLOCK_K, N)
+            stage, phase = _next(stage, phase, ring.STAGES)
+        ahead = ahead * 0
+
+
+@gluon.jit
+def _multiply(
+    ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr, M, N, K,
+    stride_r_m, WHICH: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Consumer WHICH: one warp group, which multiplies and stores its ROWS rows of every tile."""
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_M: gl.constexpr = ring.CONSUMERS * ROWS
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    WIDTH: gl.constexpr = ring.weight.shape[1]  # BLOCK_N, twice that if gated
+    CHUNK_N: gl.constexpr = out_desc.block_type.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    CHUNK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK_N, 16])
+    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    num_k = gl.cdiv(K, x_desc.block_type.shape[1])
+    stage, phase = 0, 0
+    if PDL:
+        gdc_wait()
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row += WHICH * ROWS
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNK))
+        rstd = None
+        if rstd_ptr is not None:
+            rstd = gl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        mbarrier.wait(ring.full.index(stage), phase)
+        acc = warpgroup_mma(
+            ring.x.index(stage * ring.CONSUMERS + WHICH), ring.weight.index(stage).permute((1, 0)),
+            gl.zeros([ROWS, WIDTH], gl.float32, ACC), use_acc=False, is_async=True,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+        before = stage
+        stage, phase = _next(stage, phase, ring.STAGES)
+        residual = None
+        if residual_ptr is not None:  # asked for here, so that it arrives while the sums are made
+            cols = column + gl.arange(0, CHUNK_N, gl.SliceLayout(0, CHUNK))
+            ptrs = residual_ptr + rows.to(gl.int64)[:, None] * stride_r_m + cols[None, :]
+            residual = residual_chunks(ptrs, rows < M, cols, N, BLOCK_N // CHUNK_N, CHUNK_N)
+        for _ in range(1, num_k):
+            mbarrier.wait(ring.full.index(stage), phase)
+            x = ring.x.index(stage * ring.CONSUMERS + WHICH)
+            acc = warpgroup_mma(x, ring.weight.index(stage).permute((1, 0)), acc, is_async=True)
+            # all but this one are done: their buffer is free again
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(ring.empty.index(before), count=1)
+            before = stage
+            stage, phase = _next(stage, phase, ring.STAGES)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(ring.empty.index(before), count=1)
+        finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _tall_matmul_kernel(
+    x_desc,
+    weight_desc,
+    out_desc,
+    bias_ptr,
+    residual_ptr,
+    rstd_ptr,
+    M,
+    N,
+    K,
+    stride_r_m,
+    GATED: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    OUT_BUFFERS: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """One program computes [CONSUMERS * ROWS, BLOCK_N] tiles of out, num_programs apart. GATED:
+    weight holds N gate rows and then N up rows. The descriptors' blocks are what one copy moves:
+    [ROWS, BLOCK_K], [BLOCK_N, BLOCK_K] and [ROWS, CHUNK_N]."""
+    dtype: gl.constexpr = x_desc.dtype
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    WIDTH: gl.constexpr = weight_desc.block_type.shape[0] * (2 if GATED else 1)
+    x_bufs = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], x_desc.layout)
+    weight_bufs = gl.allocate_shared_memory(dtype, [STAGES, WIDTH, BLOCK_K], weight_desc.layout)
+    out_shape: gl.constexpr = [OUT_BUFFERS, ROWS, out_desc.block_type.shape[1]]
+    out_bufs = gl.allocate_shared_memory(dtype, out_shape, out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    thread_barrier()
+    if PDL:
+        gdc_launch_dependents()
+    ring = Ring(x_bufs, weight_bufs, full, empty, STAGES, CONSUMERS)
+    # constexprs stay so only where these tuples are written out in place
+    # fmt: off
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (_multiply, (
+                ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
+                M, N, K, stride_r_m, 0, GATED, GROUP_M, PDL,
+            )),
+            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, PDL)),
+        ], [1], [24])
+    else:
+        other_bufs = gl.allocate_shared_memory(dtype, out_shape, out_desc.layout)
+        gl.warp_specialize([
+            (_multiply, (
+                ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
+                M, N, K, stride_r_m, 0, GATED, GROUP_M, PDL,
+            )),
+            (_multiply, (
+                ring, other_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
+                M, N, K, stride_r_m, 1, GATED, GROUP_M, PDL,
+            )),
+            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, PDL)),
+        ], [4, 1], [240, 24])
+    # fmt: on
