@@ -1,7 +1,7 @@
 """PrefillWorker: padded launches against plain ones, with NaN wherever nothing should be read."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import ModuleType
 from unittest.mock import Mock
 
@@ -53,6 +53,15 @@ def folder(request, tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("model"), request.param, **changes)
 
 
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Those in a dataclass of them, workspaces included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
 class Bench:
     """A PrefillWorker and its KV cache, everything in them poisoned before each launch."""
 
@@ -82,9 +91,8 @@ class Bench:
     ) -> tuple[list[int], Tensor]:
         """-> the drawn token ids and their logits [B, V]."""
         buffers, inputs = self.worker.buffers, self.worker._inputs
-        for field in fields(buffers):
-            if (tensor := getattr(buffers, field.name)) is not None:
-                tensor.fill_(poison)
+        for tensor in tensors_of(buffers):
+            tensor.fill_(poison if tensor.is_floating_point() else -7)
         for static in inputs.values():  # -1 is no token, no row and no block
             static._bytes.fill_(255)
         self.worker._sampled.fill_(-7)
