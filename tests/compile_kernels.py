@@ -30,10 +30,12 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels import dependent_launch, tall_matmul
 from kernels.thin_matmul import launch_thin_matmul
+from kernels.tiles import read_tiles
 
 NUM_SMS = 132
 DECODE_BATCHES = (1, 16, 64, 256)
 PREFILL_TOKENS = 2048
+MATMUL_SHAPE = r"M=(\d+) N=(\d+) K=(\d+)( residual)?"  # what kernels.tiles.matmul_shape makes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -148,10 +150,24 @@ def launch_squeezed(m: Model, T: int, dtype: torch.dtype) -> None:
     launch_thin_matmul(x, weight, None, None, None, out, gated=False, tile=tile, num_sms=None)
 
 
+def launch_tiles(m: Model, T: int, dtype: torch.dtype) -> None:
+    """Whatever tiles.json holds, whichever model it is of."""
+    for key, tile in read_tiles().items():
+        num_tokens, width, depth, residual = re.fullmatch(MATMUL_SHAPE, key.shape).groups()
+        launcher = getattr(kernels, key.kernel)
+        rows = int(width) * (2 if key.kernel == "gate_up" else 1)
+        x = torch.empty(int(num_tokens), int(depth), dtype=dtype)
+        weight = torch.empty(rows, int(depth), dtype=dtype)
+        out = torch.empty(int(num_tokens), int(width), dtype=dtype)
+        extra = {"residual": out} if residual else {"rms_eps": 1e-6}
+        launcher(x, weight, **extra, out=out, tile=tile, num_sms=key.num_sms or None)
+
+
 LAUNCHES = {
     "decode": launch_decode,
     "prefill": launch_prefill,
     "tall": launch_tall,
+    "tiles": launch_tiles,
     "squeezed": launch_squeezed,
 }
 
@@ -160,7 +176,9 @@ def cases() -> list[tuple[str, str, str, int]]:
     """Model, dtype, phase, rows. fp16 for one model: only its fused norm differs."""
     sizes = [("prefill", PREFILL_TOKENS)] + [("decode", B) for B in DECODE_BATCHES]
     kinds = [(model, "bf16") for model in MODELS] + [("qwen3-0.6b", "fp16")]
-    extra = [("qwen3-0.6b", "bf16", phase, PREFILL_TOKENS) for phase in ("squeezed", "tall")]
+    extra = [
+        ("qwen3-0.6b", "bf16", phase, PREFILL_TOKENS) for phase in ("squeezed", "tall", "tiles")
+    ]
     return extra + [(model, dtype, phase, n) for phase, n in sizes for model, dtype in kinds]
 
 
