@@ -1,8 +1,9 @@
 """KV blocks from one pool to another, on a stream of their own, ordered by events.
 
 A copy starts behind all that the source device's current stream has been given, the launch that
-fills the blocks among it, and runs beside what comes after. Neither side's blocks may change hands
-before the copy's event has passed: who owns them meanwhile is not known here.
+fills the blocks among it, and behind the events it is given: those of the target's launches, say,
+which may still write a block that has changed hands since. It runs beside what comes after. Neither
+side's blocks may change hands before its event has passed: who owns them is not known here.
 """
 
 from collections.abc import Sequence
@@ -71,16 +72,37 @@ class KVLink:
             # torch opens the way for the kernels, at its own first copy
             torch.empty(1, device=a.device).copy_(torch.empty(1, device=b.device))
 
-    def start(self, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> Copy:
-        """Send whole blocks, all layers of each, in one launch. Equally many on both sides."""
-        return self._start(self.source.blocks, self.target.blocks, source_blocks, target_blocks)
-
-    def start_layer(
-        self, layer: int, source_blocks: Sequence[int], target_blocks: Sequence[int]
+    def start(
+        self,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        *,
+        layer: int | None = None,
+        after: Sequence[torch.cuda.Event] = (),
     ) -> Copy:
-        """Send one layer's slices of the blocks, while later layers are still being computed."""
-        source, target = self.source.layers[layer], self.target.layers[layer]
-        return self._start(source, target, source_blocks, target_blocks)
+        """Send whole blocks in one launch, or one layer's slices of them, while later layers are
+        still being computed. after: what the copy waits for besides the source's current stream.
+        ValueError unless the blocks are equally many on both sides."""
+        if len(target_blocks) != len(source_blocks):
+            raise ValueError(
+                f"target_blocks must be {len(source_blocks)}, as the source's, "
+                f"got {len(target_blocks)}"
+            )
+        source, target = self.source.blocks, self.target.blocks
+        if layer is not None:
+            source, target = self.source.layers[layer], self.target.layers[layer]
+        if not source_blocks:
+            return Copy(0, 0, None)
+        events = self._events()
+        with self._behind_current_stream(after):
+            if events is not None:
+                events[0].record(self._stream)
+            send = self._copy_directly if self.way == "direct" else self._copy_through_host
+            send(source, target, source_blocks, target_blocks)
+            if events is not None:
+                events[1].record(self._stream)
+        num_bytes = len(source_blocks) * source[0].numel() * source.element_size()
+        return Copy(len(source_blocks), num_bytes, events)
 
     def measure(self, num_blocks: int = 64) -> float | None:
         """GB/s of one copy of free blocks, each pool's first; None where nothing can be timed.
@@ -93,42 +115,19 @@ class KVLink:
             copy.wait()
         return copy.gb_s
 
-    def _start(
-        self,
-        source: Tensor,
-        target: Tensor,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-    ) -> Copy:
-        num_blocks = len(source_blocks)
-        if len(target_blocks) != num_blocks:
-            raise ValueError(
-                f"target_blocks must be {num_blocks}, as the source's, got {len(target_blocks)}"
-            )
-        num_bytes = num_blocks * source[0].numel() * source.element_size()
-        if num_blocks == 0:
-            return Copy(0, 0, None)
-        events = self._events()
-        with self._behind_current_stream():
-            if events is not None:
-                events[0].record(self._stream)
-            if self.way == "direct":
-                self._copy_directly(source, target, source_blocks, target_blocks)
-            else:
-                self._copy_through_host(source, target, source_blocks, target_blocks)
-            if events is not None:
-                events[1].record(self._stream)
-        return Copy(num_blocks, num_bytes, events)
-
     def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
         if not self._is_cuda:
             return None
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def _behind_current_stream(self) -> AbstractContextManager[object]:
+    def _behind_current_stream(
+        self, after: Sequence[torch.cuda.Event]
+    ) -> AbstractContextManager[object]:
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for event in after:
+            self._stream.wait_event(event)
         return torch.cuda.stream(self._stream)
 
     def _copy_directly(

@@ -29,12 +29,6 @@ def cache(config, num_blocks: int, device: str = DEVICE, **options) -> KVCache:
     return made
 
 
-def send(link: KVLink, source_blocks: list[int], target_blocks: list[int], layer: int | None):
-    if layer is None:
-        return link.start(source_blocks, target_blocks)
-    return link.start_layer(layer, source_blocks, target_blocks)
-
-
 @given(
     way=st.sampled_from(["direct", "staged"]),
     num_blocks=st.integers(0, 9),
@@ -57,7 +51,7 @@ def test_blocks_arrive_and_all_else_stays(config, way, num_blocks, layer, ops, r
     expected[to, where] = sent[there, where]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handoff, "STAGED_BYTES", room)
-        copy = send(link, there, to, layer)
+        copy = link.start(there, to, layer=layer)
         copy.wait()
     assert copy.is_done
     assert copy.num_blocks == num_blocks
@@ -114,6 +108,25 @@ def test_a_copy_waits_for_what_fills_its_blocks(config):
         copy.wait()
         assert (target.blocks == value).all()
         assert copy.gb_s > 0
+
+
+@pytest.mark.gpu
+def test_a_copy_waits_for_the_events_it_is_given(config):
+    """Of another stream, which still writes the target's blocks."""
+    source, target = cache(config, 8), cache(config, 8)
+    link, blocks, busy = KVLink(source, target, kernels), list(range(8)), torch.randn(4096, 4096)
+    link.measure()
+    busy, stream, written = busy.to(DEVICE), torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            busy @ busy
+        target.blocks.fill_(7)
+        written.record()
+    copy = link.start(blocks, blocks, after=[written])
+    assert not copy.is_done
+    copy.wait()
+    assert_same_bits(target.blocks, source.blocks)
 
 
 @pytest.mark.gpu
