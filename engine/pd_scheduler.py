@@ -13,8 +13,9 @@ What a loop over two devices does with it, in any order and at any pace:
 
 Blocks that a copy touches are kept until `handoff_done`. Against launches it is the device's order
 that keeps them: prefill launches follow each other on one stream, decode launches on another, and a
-copy must wait for an event of each, recorded when it is started. A decode step launched before may
-still write a block that its request has lost and that the copy was given.
+copy must wait for an event of each, recorded when it is started, or for the layer that it pushes.
+A decode step launched before may still write a block that its request has lost since, and that the
+copy was given. All calls come from one thread.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,11 +50,11 @@ class PDScheduler(BaseScheduler):
 
     A prompt is admitted only with a promise of decode blocks, see `num_promised`, and while fewer
     than max_decode_backlog are on their way to decode. So a prompt that is computed can always be
-    handed over once there is a row for it among those that decode; it
-    waits in the prefill pool until then. Who outgrows its promise takes free blocks that nobody
-    was promised, or those of the latest arrival, which is computed anew by the prefill device;
-    swapping its blocks out instead is left for later. One that is being copied is waited for:
-    its blocks could not be had before the copy has ended.
+    handed over once there is a row for it among those that decode; it waits in the prefill pool
+    until then. Who outgrows its promise takes free blocks that nobody was promised, or those of
+    the latest arrival, which is computed anew by the prefill device, known tokens and all (swapping
+    its blocks out instead is left for later). A latest arrival that is being copied is waited for,
+    as its blocks could not be had before the copy has ended; meanwhile the others decode on.
     """
 
     state_after_prefill = RequestState.PREFILLED
@@ -95,7 +96,7 @@ class PDScheduler(BaseScheduler):
 
     @property
     def num_decoding(self) -> int:
-        """Requests whose blocks are in the decode pool, all of them."""
+        """Requests that decode: their blocks are in the decode pool, their first token is known."""
         return sum(r.state is RequestState.DECODING for r in self.running.values())
 
     @property
@@ -112,8 +113,8 @@ class PDScheduler(BaseScheduler):
         return self.leases.decode.block_table(self.leases.lease_of(request_id).lease_id)
 
     def num_promised(self, request: Request) -> int:
-        """Decode blocks that the request is admitted with: for all of its tokens and for
-        growth_tokens more, or for as many as it may come to; none if its next token is its last."""
+        """Decode blocks that the request is admitted with: for all of its tokens, cached or not,
+        and growth_tokens more, or as many as it may come to; none if its next token is its last."""
         num_tokens = len(request.token_ids)
         if self._never_decodes(num_tokens, request):
             return 0
@@ -128,7 +129,7 @@ class PDScheduler(BaseScheduler):
         `schedule_prefill` and the launch to push layers as they are computed.
         """
         num_copying = sum(r.state is RequestState.COPYING for r in self.running.values())
-        num_free_rows = self.max_num_seqs - self.num_decoding - num_copying
+        num_free_rows = max(0, self.max_num_seqs - self.num_decoding - num_copying)
         ready = [request for request in self.running.values() if self._is_ready(request)]
         return [self._hand_over(request) for request in ready[:num_free_rows]]
 
