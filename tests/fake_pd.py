@@ -13,6 +13,7 @@ from engine.request import Request, RequestState
 from tests.fake_engine import FakeEngine, Result, mix, sample
 
 UNWRITTEN = b"unwritten"
+NOT_DECODING_YET = (RequestState.PREFILLING, RequestState.PREFILLED, RequestState.COPYING)
 HOLDS_NOTHING = (RequestState.WAITING, RequestState.FINISHED)
 
 
@@ -197,9 +198,10 @@ class PDEngine(FakeEngine):
     def check(self) -> None:
         scheduler = self.scheduler
         scheduler.leases.check()
-        assert 0 <= scheduler.decode_backlog <= scheduler.max_decode_backlog, "backlog"
-        assert len(self.copies) <= scheduler.max_decode_backlog, "copies without bound"
-        states = Counter(r.state for r in scheduler.running.values())
+        states = Counter(r.state for r in self.requests)
+        backlog = sum(states[state] for state in NOT_DECODING_YET)
+        backlog += sum(handoff.is_stale for handoff in self.copies)
+        assert backlog == scheduler.decode_backlog <= scheduler.max_decode_backlog, "backlog"
         decoding = states[RequestState.COPYING] + states[RequestState.DECODING]
         assert decoding <= scheduler.max_num_seqs
         waiting = [r.arrival_index for r in scheduler.waiting.values()]
