@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.base_scheduler import PrefillChunk
 from engine.request import Request
-from engine.scheduler import PrefillChunk
 from models.decoder import AttentionBatch
 
 # the arguments of `kernels.sample` behind the logits, in its order

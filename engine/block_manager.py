@@ -53,6 +53,10 @@ class BlockManager:
         """No request holds a block."""
         return not self._holdings
 
+    def holds(self, request_id: int) -> bool:
+        """Whether the request holds blocks."""
+        return request_id in self._holdings
+
     def block_table(self, request_id: int) -> list[int]:
         """Return the request's blocks in token order: the live list, not to be changed."""
         return self._holdings[request_id].table

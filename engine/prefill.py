@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.base_scheduler import PrefillChunk
 from engine.batch import (
     PREFILL,
     SAMPLING,
@@ -23,7 +24,6 @@ from engine.batch import (
 )
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
-from engine.scheduler import PrefillChunk
 from models.config import ModelConfig
 from models.decoder import Decoder, StageBuffers
 

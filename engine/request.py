@@ -67,6 +67,8 @@ class RequestState(enum.Enum):
 
     WAITING = enum.auto()
     PREFILLING = enum.auto()  # some of its tokens are in the cache, not yet all
+    PREFILLED = enum.auto()  # on two devices: all are, in the pool that decode does not read
+    COPYING = enum.auto()  # on two devices: on their way into the pool that decode reads
     DECODING = enum.auto()
     FINISHED = enum.auto()
 
@@ -83,6 +85,7 @@ class Request:
 
     num_prompt_tokens: int = field(init=False)
     max_total_tokens: int = field(init=False)  # prompt + generated; the scheduler lowers it
+    arrival_index: int = 0  # requests that the scheduler was given before it
     num_computed_tokens: int = 0  # k and v written, or will be by work already launched
     num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache at first admission
     num_in_flight: int = 0  # tokens sampled on the device that the host does not know yet

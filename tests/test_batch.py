@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engine.base_scheduler import PrefillChunk
 from engine.batch import (
     Launched,
     PrefillBatch,
@@ -18,7 +19,6 @@ from engine.batch import (
     to_host,
 )
 from engine.request import Request, SamplingParams
-from engine.scheduler import PrefillChunk
 
 CPU = torch.device("cpu")
 

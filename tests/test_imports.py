@@ -18,6 +18,7 @@ MAY_IMPORT = {
 }
 # plain Python: they run, and are tested, without a device or seconds of imports
 NO_TORCH = ["engine/scheduler.py", "engine/block_manager.py", "engine/request.py"]
+NO_TORCH += ["engine/base_scheduler.py", "engine/pd_scheduler.py", "engine/lease.py"]
 NO_TORCH += ["engine/detokenizer.py", "engine/interrupt.py", "engine/stats.py"]
 DEVICE_LIBRARIES = {"torch", "triton", "cuda", "transformers"}
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kernels
 from engine import LLM, SamplingParams
+from engine.base_scheduler import PrefillChunk
 from engine.batch import PrefillBatch, prefill_columns
 from engine.kv_cache import KVCache
 from engine.request import Request
-from engine.scheduler import PrefillChunk
 from kernels import reference
 from models.config import ModelConfig
 from models.decoder import AttentionBatch, Decoder

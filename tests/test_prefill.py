@@ -13,10 +13,10 @@ from torch import Tensor
 
 import kernels
 from engine import LLM, SamplingParams
+from engine.base_scheduler import PrefillChunk
 from engine.kv_cache import KVCache
 from engine.prefill import GRAPH_ROWS, TOKEN_BUCKETS, PrefillWorker, token_buckets
 from engine.request import Request
-from engine.scheduler import PrefillChunk
 from experiments.shapes import SHAPES, write_config
 from kernels import reference
 from models.config import ModelConfig

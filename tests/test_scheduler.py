@@ -1,65 +1,30 @@
 """The scheduler drives a simulated device, one step ahead; what comes out must be right."""
 
 from collections import deque
-from hashlib import blake2b
 
 import pytest
-from hypothesis import event, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, rule
 
+from engine.base_scheduler import PrefillChunk
 from engine.block_manager import BlockManager
 from engine.request import Request, RequestState, SamplingParams
-from engine.scheduler import PrefillChunk, Scheduler
-
-EOS, VOCAB = 0, 61
-Result = tuple[Request, int, int]  # request, sampled token, the epoch of its launch
+from engine.scheduler import Scheduler
+from tests.fake_engine import EngineMachine, FakeEngine, Result, expected_tokens, mix, sample
 
 
-def mix(previous: bytes, token_id: int) -> bytes:
-    """What the fake model writes to the cache: it depends on every token so far."""
-    return blake2b(previous + bytes([token_id]), digest_size=8).digest()
-
-
-def sample(cell: bytes) -> int:
-    return cell[0] % VOCAB
-
-
-def expected_tokens(prompt: list[int], max_total_tokens: int) -> list[int]:
-    """The fake model's output, computed without scheduler, cache or batch."""
-    cell, generated = b"", []
-    for token_id in prompt:
-        cell = mix(cell, token_id)
-    while len(prompt) + len(generated) < max_total_tokens:
-        generated.append(sample(cell))
-        if generated[-1] == EOS:
-            break
-        cell = mix(cell, generated[-1])
-    return generated
-
-
-class Engine:
+class Engine(FakeEngine):
     """Scheduler, block manager and a device whose results arrive num_behind steps later."""
 
     def __init__(self, num_blocks: int, block_size: int, num_behind: int = 1, **limits: int):
         self.manager = BlockManager(num_blocks, block_size)
         limits = {"max_num_seqs": 4, "max_num_batched_tokens": 7, "max_model_len": 99} | limits
-        self.scheduler = Scheduler(self.manager, on_release=self.drop_row, **limits)
+        super().__init__(Scheduler(self.manager, on_release=self.drop_row, **limits))
         self.num_behind = num_behind
         self.pool = [[b""] * block_size for _ in range(num_blocks)]
-        self.rows: dict[int, int] = {}  # newest token of each request, on the device
         self.pending: deque[list[Result]] = deque()
-        self.requests: list[Request] = []
         self.is_in_order = True
-
-    def add(self, prompt: list[int], max_tokens: int) -> Request:
-        request = Request(len(self.requests), prompt, SamplingParams(max_tokens=max_tokens))
-        self.scheduler.add(request)
-        self.requests.append(request)
-        return request
-
-    def drop_row(self, request: Request) -> None:
-        self.rows.pop(request.request_id, None)
 
     def write(self, request: Request, position: int, token_id: int) -> bytes:
         """Compute one position from the one before, through the block table."""
@@ -115,43 +80,15 @@ class Engine:
         while len(self.pending) > self.num_behind:
             self.collect()
 
-    def requeue(self, requests: list[Request]) -> None:
-        """What the engine does after a launch that raised."""
-        for request in reversed(requests):
-            self.scheduler.preempt(request)
-
     def collect(self) -> None:
-        for request, token_id, epoch in self.pending.popleft():
-            if self.scheduler.record_token(request, token_id, epoch):
-                reason = request.end_reason({EOS})
-                if reason is not None:
-                    self.scheduler.finish(request, reason)
+        self.record(self.pending.popleft())
 
     def run_to_end(self) -> None:
-        """Step until every request has ended; the oldest gains a token every few steps."""
-        num_left = sum(r.max_total_tokens for r in self.requests)
-        for _ in range(num_left * (3 + self.num_behind) + 3):
-            if self.scheduler.is_idle:
-                break
-            self.step()
-            self.check()
-        assert self.scheduler.is_idle, "a request waits for ever"
+        self.step_to_end(steps_per_token=3 + self.num_behind)
         while self.pending:
             self.collect()
         self.manager.assert_idle()
-        assert not self.rows, "a row was not given back"
-        for request in self.requests:
-            self.check_output(request)
-
-    def check_output(self, request: Request) -> None:
-        assert request.state is RequestState.FINISHED
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        wanted = expected_tokens(prompt, request.max_total_tokens)
-        if request.finish_reason in ("abort", "error"):
-            wanted = wanted[: request.num_generated]
-        else:
-            assert request.finish_reason == ("stop" if wanted[-1] == EOS else "length")
-        assert request.generated_token_ids == wanted
+        self.check_outputs()
 
     def check(self) -> None:
         self.manager.check()
@@ -180,7 +117,7 @@ class Engine:
             assert in_cache == (request.num_computed_tokens > 0)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
+class SchedulerMachine(EngineMachine):
     """Small pools, so that preemption is the rule; tokens of the fake model must not notice."""
 
     @initialize(
@@ -193,20 +130,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, **options: int) -> None:
         self.engine = Engine(**options)
-
-    @rule(
-        length=st.integers(1, 20), shared=st.integers(0, 20), seed=st.integers(1, 5),
-        max_tokens=st.integers(1, 20),
-    )  # fmt: skip
-    def add(self, length: int, shared: int, seed: int, max_tokens: int) -> None:
-        scheduler = self.engine.scheduler
-        capacity = self.engine.manager.num_blocks * self.engine.manager.block_size
-        prompt = [1] * min(shared, length) + [seed] * (length - shared)
-        if length >= min(capacity, scheduler.max_model_len):
-            with pytest.raises(ValueError, match="prompt must be 1 to"):
-                scheduler.add(Request(999, prompt, SamplingParams(max_tokens=max_tokens)))
-        else:
-            self.engine.add(prompt, max_tokens)
 
     @rule(both_first=st.booleans(), num_steps=st.integers(1, 4))
     def step(self, both_first: bool, num_steps: int) -> None:
@@ -221,28 +144,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def collect_early(self) -> None:
         if self.engine.pending:
             self.engine.collect()
-
-    @rule(choice=st.integers(0, 99))
-    def abort(self, choice: int) -> None:
-        if not self.engine.requests:
-            return
-        request = self.engine.requests[-1 - choice % len(self.engine.requests)]
-        was_finished, reason = request.state is RequestState.FINISHED, request.finish_reason
-        aborted = self.engine.scheduler.abort(request.request_id)
-        assert aborted is (None if was_finished else request)
-        assert request.finish_reason == (reason if was_finished else "abort")
-
-    @invariant()
-    def everything_adds_up(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.check()
-
-    def teardown(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.run_to_end()
-            requests = self.engine.requests
-            event(f"preempted: {any(r.num_preemptions for r in requests)}")
-            event(f"prefix found: {any(r.num_cached_tokens for r in requests)}")
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
