@@ -125,7 +125,8 @@ class BaseScheduler(ABC):
         it has a block. One whose tokens all exist already only waits to know them.
         """
         scheduled: list[Request] = []
-        for request in list(self.running.values()):
+        # a victim, which is the latest to have arrived, is never one that is scheduled already
+        for request in sorted(self.running.values(), key=lambda request: request.arrival_index):
             num_tokens = len(request.token_ids) + request.num_in_flight
             if request.state is not RequestState.DECODING or num_tokens >= request.max_total_tokens:
                 continue

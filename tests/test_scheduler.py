@@ -194,6 +194,20 @@ def test_a_block_is_left_for_each_that_runs(num_blocks: int, num_running: int) -
     assert len(engine.scheduler.schedule_prefill()) == engine.scheduler.num_running == num_running
 
 
+def test_who_came_first_and_is_computed_again_takes_blocks_of_no_one_already_scheduled() -> None:
+    """It decodes behind a later arrival then, whose turn in the same step comes before its own."""
+    for num_blocks in (5, 6, 7):
+        engine = Engine(num_blocks, 4, max_num_batched_tokens=99)
+        first, second = (engine.add([n] * 4, max_tokens=12) for n in (1, 2))
+        engine.step()
+        engine.scheduler.preempt(first)
+        engine.is_in_order = False
+        engine.step()
+        assert list(engine.scheduler.running) == [second.request_id, first.request_id]
+        engine.run_to_end()
+        assert second.num_preemptions > 0
+
+
 def test_prefix_is_shared_only_once_launched() -> None:
     engine = Engine(20, 4, max_num_batched_tokens=99)
     prompt = [1] * 9
