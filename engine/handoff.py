@@ -97,8 +97,12 @@ class KVLink:
         with self._behind_current_stream(after):
             if events is not None:
                 events[0].record(self._stream)
-            send = self._copy_directly if self.way == "direct" else self._copy_through_host
-            send(source, target, source_blocks, target_blocks)
+            if self.way == "direct":
+                # made on this stream: their memory is given out anew only behind the copy
+                ids = to_device([list(source_blocks), list(target_blocks)], np.int64, source.device)
+                self._ops.copy_blocks(source, target, ids[0], ids[1])
+            else:
+                self._copy_through_host(source, target, source_blocks, target_blocks)
             if events is not None:
                 events[1].record(self._stream)
         num_bytes = len(source_blocks) * source[0].numel() * source.element_size()
@@ -129,17 +133,6 @@ class KVLink:
         for event in after:
             self._stream.wait_event(event)
         return torch.cuda.stream(self._stream)
-
-    def _copy_directly(
-        self,
-        source: Tensor,
-        target: Tensor,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-    ) -> None:
-        # ids made on this stream: their memory is given out anew only behind the copy
-        ids = to_device([list(source_blocks), list(target_blocks)], np.int64, source.device)
-        self._ops.copy_blocks(source, target, ids[0], ids[1])
 
     def _copy_through_host(
         self,

@@ -25,6 +25,7 @@ from experiments.kernel_case import BOUND, Draw, row_error
 from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
 from kernels import Tile, gemv, reference
+from kernels.linear import THIN_M
 from kernels.linear import choose_tile as choose_matmul_tile
 from kernels.tall_matmul import has_form, ring_tile
 from kernels.tile import device_sms
@@ -75,6 +76,7 @@ class Product:
             self.dtype,
             gated=self.kernel == "gate_up",
             num_sms=num_sms,
+            is_tall=self.num_tokens > THIN_M and self.dtype.itemsize == 2,
         )
 
     def build(

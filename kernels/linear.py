@@ -21,10 +21,10 @@ THIN_M = 64  # tokens up to which a product stays bound by reading weights
 
 
 def choose_tile(
-    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, num_sms: int
+    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, num_sms: int, is_tall: bool
 ) -> Tile:
-    """A tile for [num_tokens, depth] x [depth, width] on so many SMs of a Hopper GPU."""
-    if num_tokens > THIN_M and dtype.itemsize == 2:
+    """A tile for [num_tokens, depth] x [depth, width] on so many SMs; is_tall: of `tall_matmul`."""
+    if is_tall:
         return tall_matmul.choose_tile(num_tokens, width, num_sms, gated=gated)
     return thin_matmul.choose_tile(num_tokens, width, dtype)
 
@@ -53,11 +53,9 @@ def launch_matmul(
         launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
         return
     is_tall = num_tokens > THIN_M and tall_matmul.takes(x, weight, residual, out)
-    if tile is None and is_tall:
+    if tile is None:
         sms = device_sms(x.device) if num_sms is None else num_sms
-        tile = tall_matmul.choose_tile(num_tokens, N, sms, gated=gated)
-    elif tile is None:
-        tile = thin_matmul.choose_tile(num_tokens, N, x.dtype)
+        tile = choose_tile(num_tokens, N, x.dtype, gated=gated, num_sms=sms, is_tall=is_tall)
     if rms_eps is None:
         rstd = None
     else:
