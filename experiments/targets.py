@@ -11,34 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.harness import RESULTS
-from experiments.readings import Ceilings, Reading, best_peers, newest, read_csv
+from experiments.readings import Reading, best_peers, read_csv
+from experiments.sheet import Sheet
 
 
-@dataclass(frozen=True)
-class Book:
-    """The newest readings of one GPU, each beside the ceilings and peers of its run."""
+def ours(sheet: Sheet, kernel: str, shape: str, num_sms: int | None) -> Reading | None:
+    """Our newest reading of the shape that begins so."""
+    for r in sheet.readings:
+        what = (r.kernel, r.impl, r.sms_asked)
+        if what == (kernel, "ours", num_sms) and r.shape.startswith(shape):
+            return r
+    return None
 
-    readings: list[Reading]
-    ceilings: dict[tuple[str, str, str], Ceilings]  # by run
 
-    @classmethod
-    def of(cls, readings: Sequence[Reading], gpu: str) -> "Book":
-        of_gpu = [r for r in readings if r.gpu == gpu]
-        runs = {r.run for r in of_gpu}
-        ceilings = {run: Ceilings.of(r for r in of_gpu if r.run == run) for run in runs}
-        return cls(newest(of_gpu), ceilings)
-
-    def ours(self, kernel: str, shape: str, num_sms: int | None) -> Reading | None:
-        for r in self.readings:
-            what = (r.kernel, r.impl, r.sms_asked)
-            if what == (kernel, "ours", num_sms) and r.shape.startswith(shape):
-                return r
-        return None
-
-    def peer(self, reading: Reading) -> Reading | None:
-        """The fastest of the same run."""
-        same_run = [r for r in self.readings if r.run == reading.run]
-        return best_peers(same_run).get((reading.kernel, reading.shape, reading.dtype))
+def peer(sheet: Sheet, reading: Reading) -> Reading | None:
+    """The fastest of the same run."""
+    same_run = [r for r in sheet.readings if r.run == reading.run]
+    return best_peers(same_run).get((reading.kernel, reading.shape, reading.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +41,10 @@ class Target:
     num_sms: int | None = None
     beside: str = ""  # the shape that it is held against, where there is one
 
-    def figure(self, book: Book) -> float | None:
+    def figure(self, sheet: Sheet) -> float | None:
         """What was measured; None where a reading of it, or of its peers, is missing."""
-        reading = book.ours(self.kernel, self.shape, self.num_sms)
-        return None if reading is None else MEASURES[self.measure].figure(book, reading, self)
+        reading = ours(sheet, self.kernel, self.shape, self.num_sms)
+        return None if reading is None else MEASURES[self.measure].figure(sheet, reading, self)
 
     def holds(self, figure: float) -> bool:
         return figure <= self.want if MEASURES[self.measure].is_cost else figure >= self.want
@@ -66,31 +55,31 @@ class Measure:
     """How a figure comes about, and how it reads."""
 
     text: str  # of its number
-    figure: Callable[[Book, Reading, Target], float | None]
+    figure: Callable[[Sheet, Reading, Target], float | None]
     is_cost: bool = False
 
 
-def _share(book: Book, r: Reading, target: Target) -> float:
-    return book.ceilings[r.run].percent(r)
+def _share(sheet: Sheet, r: Reading, target: Target) -> float:
+    return sheet.percent(r)
 
 
-def _of_whole(book: Book, r: Reading, target: Target) -> float | None:
-    whole = book.ours(r.kernel, r.shape, None)
+def _of_whole(sheet: Sheet, r: Reading, target: Target) -> float | None:
+    whole = ours(sheet, r.kernel, r.shape, None)
     return None if whole is None else 100 * whole.ms_p50 / r.ms_p50
 
 
-def _beside_peer(book: Book, r: Reading, target: Target) -> float | None:
-    peer = book.peer(r)
-    return None if peer is None else peer.ms_p50 / r.ms_p50
+def _beside_peer(sheet: Sheet, r: Reading, target: Target) -> float | None:
+    best = peer(sheet, r)
+    return None if best is None else best.ms_p50 / r.ms_p50
 
 
-def _beside_shape(book: Book, r: Reading, target: Target) -> float | None:
-    other = book.ours(r.kernel, target.beside, None)
+def _beside_shape(sheet: Sheet, r: Reading, target: Target) -> float | None:
+    other = ours(sheet, r.kernel, target.beside, None)
     return None if other is None else r.gb_s / other.gb_s
 
 
-def _reads(book: Book, r: Reading, target: Target) -> float:
-    return book.ceilings[r.run].gb_s["read stream"] / r.gb_s
+def _reads(sheet: Sheet, r: Reading, target: Target) -> float:
+    return sheet.ceilings[r.run].gb_s["read stream"] / r.gb_s
 
 
 MEASURES = {
@@ -99,7 +88,7 @@ MEASURES = {
     "peer": Measure("{:.2f}x the best peer", _beside_peer),
     "even": Measure("{:.2f}x of evenly spread", _beside_shape),
     "reads": Measure("{:.2f} reads of the logits", _reads, is_cost=True),
-    "rate": Measure("{:.0f} TFLOP/s", lambda book, r, target: r.tflop_s),
+    "rate": Measure("{:.0f} TFLOP/s", lambda sheet, r, target: r.tflop_s),
 }
 
 _DECODE = (("B=1 context=4096 ", 0), ("B=8 context=2048 ", 0), ("B=32 context=1024 ", 0),
@@ -117,7 +106,10 @@ def targets() -> list[Target]:
         for shape, _ in _DECODE[3:]
         for num_sms, want in ((56, 85), (72, 95), (48, 95))
     ]
-    skewed = (("B=64 context=1x32768+63x256 ", "B=64 context=764 "),)
+    skewed = (
+        ("B=64 context=1x32768+63x256 ", "B=64 context=764 "),
+        ("B=64 context=uniform(1,8192) ", "B=64 context=42x4228+22x4227 "),
+    )
     found += [
         Target(**decode, shape=s, measure="even", want=0.9, beside=even) for s, even in skewed
     ]
@@ -148,12 +140,12 @@ def targets() -> list[Target]:
     return found
 
 
-def table(book: Book, aims: Sequence[Target]) -> str:
+def table(sheet: Sheet, aims: Sequence[Target]) -> str:
     """Markdown, a line for each target that was measured, then what was not."""
     lines = ["| kernel | shape | target | measured | holds |", "|---|---|---|---|---|"]
     missing = []
     for aim in aims:
-        measure, figure = MEASURES[aim.measure], aim.figure(book)
+        measure, figure = MEASURES[aim.measure], aim.figure(sheet)
         where = aim.shape.strip() + (f", {aim.num_sms} SMs" if aim.num_sms else "")
         if figure is None:
             missing.append(f"{aim.kernel} {where}")
@@ -180,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "kernels.csv, which\n`python -m experiments.bench_kernels` writes. Medians of CUDA graph "
         "timing, buffers rotated past L2.\n\n"
     )
-    args.out.write_text(head + table(Book.of(readings, last.gpu), targets()))
+    args.out.write_text(head + table(Sheet.of(readings, last.gpu), targets()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 
 from experiments.bench_kernels import all_cases, takes_num_sms
 from experiments.readings import BANDWIDTH, Reading
-from experiments.targets import Book, Target, main, table, targets
+from experiments.sheet import Sheet
+from experiments.targets import Target, main, table, targets
 
 RUN = {"gpu": "H100", "date": "2026-01-02", "commit": "abc"}
 
@@ -25,14 +26,14 @@ CEILINGS = [
 ]
 
 
-def book(*readings: Reading) -> Book:
-    return Book.of([*CEILINGS, *readings], "H100")
+def sheet(*readings: Reading) -> Sheet:
+    return Sheet.of([*CEILINGS, *readings], "H100")
 
 
 def test_figures():
     """1 GB at 1 ms; the stream reads it in half of that."""
     ours = reading("decode_attention", "ours", 1.0)
-    found = book(
+    found = sheet(
         ours,
         reading("decode_attention", "slow", 3.0),
         reading("decode_attention", "fast", 0.9),
@@ -52,7 +53,7 @@ def test_figures():
     assert replace(aim, measure="even", beside="B=2 ").figure(found) == pytest.approx(0.8)
     assert replace(aim, shape="B=3 ").figure(found) is None
     assert replace(aim, measure="even", beside="B=3 ").figure(found) is None
-    assert replace(aim, measure="peer").figure(book(ours)) is None
+    assert replace(aim, measure="peer").figure(sheet(ours)) is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_the_peers_and_ceilings_of_the_same_run_count():
     old = [replace(r, date="2026-01-01", ms_p50=r.ms_p50 / 2) for r in CEILINGS]
     ours = reading("decode_attention", "ours", 1.0)
     stale = reading("decode_attention", "peer", 0.1, date="2026-01-01")
-    found = Book.of([*old, stale, *CEILINGS, ours], "H100")
+    found = Sheet.of([*old, stale, *CEILINGS, ours], "H100")
     aim = Target(kernel="decode_attention", shape="B=1 ", measure="share", want=50)
     assert aim.figure(found) == pytest.approx(50)
     assert replace(aim, measure="peer").figure(found) is None
@@ -76,7 +77,7 @@ def test_the_peers_and_ceilings_of_the_same_run_count():
 def test_the_table_says_what_holds_and_what_was_not_measured():
     aim = Target(kernel="decode_attention", shape="B=1 ", measure="share", want=60)
     lines = table(
-        book(reading("decode_attention", "ours", 1.0)),
+        sheet(reading("decode_attention", "ours", 1.0)),
         [aim, replace(aim, want=50), replace(aim, shape="B=9 ", num_sms=56)],
     ).splitlines()
     assert lines[2].endswith("| at least 60 % of the ceiling | 50 % of the ceiling | **no** |")
