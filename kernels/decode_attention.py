@@ -31,7 +31,7 @@ SPLIT_LEN = 256  # tokens in a split: with fewer, joining them costs too much be
 MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves programs without work:
 FEW_SPLITS = 4  # into so many, if each has the least
 MAX_SPLITS = 128  # splits of one context, a power of two
-JOIN_ROWS = 64  # partial results, of queries and splits, that are loaded at a time to be joined
+JOIN_SIZE = 8192  # elements of partial results that are loaded at a time to be joined
 MIN_BLOCK_J = 4  # rows of a join: with fewer, it takes more registers than all the rest
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
@@ -156,28 +156,20 @@ def _attend_run(
 @triton.jit
 def _join_splits(
     partial_ptr, max_sum_ptr, num_splits, GROUP: tl.constexpr, D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(sums of weights [BLOCK_J], weighted values [BLOCK_J, BLOCK_D]) over all splits of one kv
-    head, BLOCK_S of them at a time."""
+    head, BLOCK_S of them at a time: an online softmax, so that all loads go out at once."""
     offs_j, offs_d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     mask_j = (offs_j < GROUP)[None, :]
-    offs_all = tl.arange(0, MAX_SPLITS)
-    # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
-    all_tops = tl.load(
-        max_sum_ptr + (offs_all[:, None] * GROUP + offs_j[None, :]) * 2,
-        mask=(offs_all < num_splits)[:, None] & mask_j,
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )
-    # finite, for a split that is joined has a token; rows past the group weigh nothing
-    top = tl.where(offs_j < GROUP, tl.max(all_tops, axis=0), 0.0)
+    top = tl.full([BLOCK_J], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_J], tl.float32)
     acc = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     for start in tl.range(0, num_splits, BLOCK_S, num_stages=1):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < num_splits)[:, None] & mask_j  # [BLOCK_S, BLOCK_J]
         rows = offs_s[:, None] * GROUP + offs_j[None, :]
+        # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
         tops = tl.load(max_sum_ptr + rows * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(max_sum_ptr + rows * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
         values = tl.load(
@@ -186,9 +178,13 @@ def _join_splits(
             other=0.0,
             cache_modifier=".cg",
         )
-        weights = tl.exp2(tops - top[None, :])
-        total += tl.sum(totals * weights, axis=0)
-        acc += tl.sum(values * weights[:, :, None], axis=0)
+        # finite, for a split that is joined has a token; rows past the group are not stored
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - new_top[None, :])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(totals * weights, axis=0)
+        acc = acc * fade[:, None] + tl.sum(values * weights[:, :, None], axis=0)
+        top = new_top
     return total, acc
 
 
@@ -308,7 +304,6 @@ def _decode_attention_kernel(
                     num_splits,
                     GROUP,
                     D,
-                    MAX_SPLITS,
                     BLOCK_S,
                     BLOCK_J,
                     BLOCK_D,
@@ -377,6 +372,7 @@ def decode_attention(
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
     tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
     block_j = max(MIN_BLOCK_J, next_power_of_2(group))
+    block_d = max(16, next_power_of_2(head_dim))
     _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
@@ -403,12 +399,12 @@ def decode_attention(
         MIN_SPLIT_LEN=MIN_SPLIT_LEN,
         FEW_SPLITS=FEW_SPLITS,
         MAX_SPLITS=MAX_SPLITS,
-        BLOCK_S=max(JOIN_ROWS // block_j, 1),
+        BLOCK_S=max(JOIN_SIZE // (block_j * block_d), 1),
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
         BLOCK_J=block_j,
         BLOCK_N=tile.BLOCK_N,
-        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        BLOCK_D=block_d,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q.device),

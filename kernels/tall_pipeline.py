@@ -6,7 +6,6 @@ consumers, a warp group each, multiply (wgmma): each holds ROWS rows of a tile a
 weights as the others.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,14 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
+from kernels.hopper import gdc_launch_dependents, gdc_wait, thread_barrier, tma_load
 from kernels.tall_epilogue import finish, residual_chunks
-
-# Triton 3.6 and 3.9 name these differently
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-gdc_wait = tl.extra.cuda.gdc_wait
-gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 
 
 @aggregate
