@@ -12,7 +12,8 @@ from experiments.shapes import SHAPES
 from kernels import reference
 
 EPS = 1e-6
-MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MLP_SMS = (64, 96)  # as an FFN stage has them, beside attention on the others
 LINEAR_TOKENS = (1, 64, 256, 2048)
 HEAD_TOKENS = (1, 64, 256)
 MODELS = ("Qwen3-0.6B", "Qwen3-8B")
@@ -23,6 +24,7 @@ class Mlp(Case):
     """RMSNorm + gate/up + SiLU * up, then down + residual."""
 
     kernel: ClassVar[str] = "mlp"
+    sweeps_peers: ClassVar[bool] = True
 
     model: str  # whose sizes these are
     num_tokens: int
@@ -132,7 +134,7 @@ def dense_cases() -> list[Case]:
                 num_tokens=M,
                 hidden=hidden,
                 intermediate=c["intermediate_size"],
-                sweep=64 <= M <= 1024,
+                sweep=MLP_SMS if 128 <= M <= 1024 else (),
                 quick=is_large and M in (1, 64, 512),
             )
             for M in MLP_TOKENS
