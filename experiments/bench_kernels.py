@@ -15,7 +15,7 @@ import argparse
 import gc
 import os
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,11 +59,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     stamp, readings = environment(device), []
+    seconds: Counter[str] = Counter()  # what makes a run long
+    start = time.perf_counter()
     for reading in _measure_all(cases, device, dtype, effort):
         stamped = replace(reading, **stamp)
         append_row(args.out, asdict(stamped))
         readings.append(stamped)
+        now = time.perf_counter()
+        seconds[f"{reading.kernel} {reading.impl}"] += now - start
+        start = now
     print(table(table_rows(readings), list(TABLE)))
+    longest = ", ".join(f"{name} {s:.0f}" for name, s in seconds.most_common(12))
+    print(f"{seconds.total():.0f} seconds, compilation and checks included; {longest}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,20 +103,15 @@ def _sweep(case: Case, args: argparse.Namespace) -> tuple[int, ...]:
 def _measure_all(
     cases: Sequence[Case], device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> Iterator[Reading]:
-    seconds: dict[str, float] = defaultdict(float)  # by kernel: what makes a run long
-    start = time.perf_counter()
-    for reading in measure_ceilings(
-        device, dtype, sorted({n for case in cases for n in case.sweep}), effort
-    ):
+    nums_sms = sorted({n for case in cases for n in case.sweep})
+    for reading in measure_ceilings(device, dtype, nums_sms, effort):
         _say(reading)
         yield reading
-    seconds[CEILING] = time.perf_counter() - start
     with Places(device) as places:
         for case in cases:
             if not case.is_possible(device):
                 print(f"skipped {case.kernel}: {case.shape}: not on this machine")
                 continue
-            start = time.perf_counter()
             there = places.of([n for n in case.sweep if n <= device_sms(device)])
             for reading in measure(case, device, there, effort):
                 _say(reading)
@@ -117,8 +119,6 @@ def _measure_all(
             gc.collect()  # the buffers of a case lie in closures that know each other
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            seconds[case.kernel] += time.perf_counter() - start
-    print("seconds: " + ", ".join(f"{kernel} {s:.0f}" for kernel, s in seconds.items()))
 
 
 def measure(

@@ -59,6 +59,7 @@ class Mlp(Case):
                 x[i], gate_up[i], down[i], EPS, rstd=rstd, act=act, out=out, num_sms=num_sms
             )
 
+        chains = peers.mlp_chains(x, gate_up, down, EPS)
         return Problem(
             ours=ours,
             expected=lambda: (reference.mlp(x[0], gate_up[0], down[0], EPS),),
@@ -66,7 +67,8 @@ class Mlp(Case):
             outputs=(out, act, rstd),
             error=row_error,
             bound=BOUND[self.dtype],
-            peers=peers.mlp_chains(x, gate_up, down, EPS),
+            peers=chains,
+            told_peers=lambda num_sms: [peers.told(chains[0], num_sms, device)],
         )
 
 

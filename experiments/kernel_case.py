@@ -43,6 +43,8 @@ class Problem:
     error: Callable[[Tensor, Tensor], float]
     bound: float
     peers: list[Impl] = field(default_factory=list)
+    # (num_sms): further peers on a green context, which can be told of its SMs
+    told_peers: Callable[[int], list[Impl]] = lambda num_sms: []
 
     def impls(self, places: Sequence[Place], peer_places: Sequence[Place] = ()) -> list[Impl]:
         """Ours and the peers on the whole GPU, then ours and the peers at the places of each."""
@@ -50,7 +52,11 @@ class Problem:
             Impl(name="ours", run=lambda i, n=place.num_sms: self.ours(i, n), place=place)
             for place in (WHOLE_GPU, *places)
         ]
-        on_places = [replace(peer, place=place) for place in peer_places for peer in self.peers]
+        on_places = [
+            replace(peer, place=place)
+            for place in peer_places
+            for peer in [*self.peers, *self.told_peers(place.num_sms)]
+        ]
         return ours + self.peers + on_places
 
     @cached_property

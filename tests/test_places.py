@@ -7,13 +7,16 @@ import pytest
 import torch
 
 import kernels
+from experiments import peers
 from experiments import places as places_module
 from experiments.bench_kernels import measure
 from experiments.dense_cases import Mlp
+from experiments.kernel_case import Impl
 from experiments.memory_cases import RmsNorm
 from experiments.places import WHOLE_GPU, Place, Places
 from experiments.timing import Effort, time_calls
 from green.driver import GreenContextError, GreenContextUnsupported
+from kernels.tile import device_sms
 from tests.strategies import DEVICE
 
 WHERE = torch.device(DEVICE)
@@ -92,7 +95,7 @@ def test_places_read_well():
     assert WHOLE_GPU.text == "" and Place("green", 60, 64).text == " on 64 SMs (green)"
 
 
-def test_ours_and_the_peers_are_measured_on_a_green_context(monkeypatch):
+def test_ours_and_the_peers_are_measured_on_a_green_context(monkeypatch, capsys):
     told: list[int | None] = []
     case = Mlp(model="tiny", num_tokens=3, hidden=64, intermediate=96, dtype=torch.float16)
     monkeypatch.setattr("experiments.timing.ROTATED_BYTES", 1)
@@ -103,16 +106,46 @@ def test_ours_and_the_peers_are_measured_on_a_green_context(monkeypatch):
     places = [Place("grid", 2, 2), Place("green", 3, 4, stream)]
     rows = list(measure(case, WHERE, places, BRIEF))
     chains = ["cublas chain", "cublas chain, addmm"]
+    with_cublas = ["cublas chain, told its SMs"] if DEVICE == "cuda" else []
     assert [(r.impl, r.partitioning) for r in rows] == [
         ("ours", "none"),
         ("ours", "grid"),
         ("ours", "green"),
         *((name, "none") for name in chains),
-        *((name, "green") for name in chains),
+        *((name, "green") for name in chains + with_cublas),
     ]
     assert {(r.sms_asked, r.sms_granted) for r in rows if r.partitioning == "green"} == {(3, 4)}
     assert set(told) == {None, 2, 4}, "what was granted, not what was asked"
-    assert seen == [stream if r.partitioning == "green" else None for r in rows]
+    if DEVICE == "cpu":
+        assert seen == [stream if r.partitioning == "green" else None for r in rows]
+        assert "skipped cublas chain, told its SMs on 4 SMs (green)" in capsys.readouterr().out
+
+
+def test_cublas_is_told_for_the_length_of_a_call(monkeypatch):
+    """It is a setting of the whole process: nothing of it may stay."""
+    state = {"library": "default", "carveout": None}
+
+    def library(name: str | None = None) -> str:
+        state["library"] = name or state["library"]
+        return state["library"]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", library)
+    monkeypatch.setattr(
+        torch._C, "_set_sm_carveout_experimental", lambda n: state.update(carveout=n)
+    )
+
+    def run(i: int) -> None:
+        assert state == {"library": "cublaslt", "carveout": device_sms(WHERE) - 1}
+        if i:
+            raise RuntimeError("a failing call")
+
+    told = peers.told(Impl(name="chain", run=run), 1, WHERE)
+    assert told.name == "chain, told its SMs"
+    told.run(0)
+    assert state == {"library": "default", "carveout": None}
+    with pytest.raises(RuntimeError, match="a failing call"):
+        told.run(1)
+    assert state == {"library": "default", "carveout": None}
 
 
 def _spy(monkeypatch, told: list[int | None]) -> list[object]:
