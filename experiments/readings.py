@@ -1,9 +1,10 @@
 """One line of kernels.csv, and the numbers that follow from it. Knows nothing of devices."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from experiments.harness import read_rows
 
 CEILING = "ceiling"
 # how a launch came to have only some SMs: not at all; by the size of its grid alone, which leaves
@@ -127,19 +128,13 @@ def best_peers(readings: Sequence[Reading]) -> dict[tuple[object, ...], Reading]
 
 def read_csv(path: Path) -> list[Reading]:
     """Every line of a kernels.csv. ValueError, with the line, where it is not one."""
-    if not path.exists():
-        raise ValueError(f"{path} must be a file of experiments.bench_kernels, got none")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} must have the columns {COLUMNS}, got {reader.fieldnames}")
-        readings = []
-        for row in reader:
-            try:
-                readings.append(_parse(row))
-            except (TypeError, ValueError) as error:
-                where = f"{path}, line {reader.line_num}"
-                raise ValueError(f"{where} must be a whole reading, got {row}") from error
+    readings = []
+    for line, row in enumerate(read_rows(path, COLUMNS), start=2):
+        try:
+            readings.append(_parse(row))
+        except (TypeError, ValueError) as error:
+            where = f"{path}, line {line}"
+            raise ValueError(f"{where} must be a whole reading, got {row}") from error
     if not readings:
         raise ValueError(f"{path} must hold readings, got a header alone")
     return readings

@@ -199,7 +199,7 @@ GOOD = "mlp,ours,s,bfloat16,none,,132,1,1,1,8,8,d,g,t,t,d,c"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "must be a file of experiments.bench_kernels, got none"),
+        (None, "must be a file of results, got none"),
         ("", "must have the columns"),
         ("a,b\n1,2\n", "must have the columns"),
         (f"{CELLS}\n", "must hold readings, got a header alone"),
