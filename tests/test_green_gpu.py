@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -164,6 +166,9 @@ def test_no_context_becomes_current(split):
     assert int(driver.call("cuCtxGetCurrent")) == before
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="reads the whole GPU's free memory: run it alone"
+)
 def test_fifty_partitions_one_after_the_other_leave_nothing():
     free = []
     for _ in range(50):
