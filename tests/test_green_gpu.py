@@ -1,8 +1,7 @@
 """Partitions hold on the GPU: which SMs a stage runs on, eagerly and under replay of a graph."""
 
-from collections.abc import Callable, Iterator, Sequence
-
 import os
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
