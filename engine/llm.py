@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.detokenizer import Detokenizer
 from engine.interrupt import deferred
+from engine.pd_core import PDCore
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.text import chat_token_ids, encode_prompt, load_tokenizer
 from models.config import ModelConfig
@@ -61,7 +62,7 @@ class _Job:
 
 
 class LLM:
-    """One model on one device. Use it in a `with` statement, or call `exit` at the end.
+    """One model on one device or two. Use it in a `with` statement, or call `exit` at the end.
 
     Options are the fields of `engine.config.EngineConfig`. An unknown one is a TypeError, a wrong
     value a ValueError, a checkpoint that is not there a FileNotFoundError.
@@ -69,12 +70,15 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_options(model, **options)
-        device = self.config.resolve_device()
-        self.config.resolve_kernels(device)
+        devices = self.config.resolve_two_devices() or (self.config.resolve_device(),)
+        self.config.resolve_kernels(devices[0])
         folder = resolve(self.config.model)
         self.model_config = ModelConfig.from_folder(folder)
         self.tokenizer = load_tokenizer(folder)
-        self._core: Core | None = Core(self.config, self.model_config, folder, torch.device(device))
+        kind = Core if len(devices) == 1 else PDCore
+        self._core: Core | PDCore | None = kind(
+            self.config, self.model_config, folder, *map(torch.device, devices)
+        )
         self._jobs: dict[int, _Job] = {}
         self._touched: dict[object, dict[int, _Job]] = {}  # owner -> jobs with something new
         self._ids = itertools.count()
@@ -189,15 +193,9 @@ class LLM:
 
     def stats(self) -> dict[str, object]:
         """Counters and latency percentiles since the engine began, as a plain dict."""
-        core = self._require_core()
-        return core.stats.as_dict() | {
-            "num_waiting": core.scheduler.num_waiting,
-            "num_running": core.scheduler.num_running,
-            "num_kv_blocks": core.block_manager.num_blocks,
-            "num_free_kv_blocks": core.block_manager.num_free_blocks,
-        }
+        return self._require_core().statistics()
 
-    def _require_core(self) -> Core:
+    def _require_core(self) -> Core | PDCore:
         if self._core is None:
             raise RuntimeError("this LLM was closed by exit(); make a new one")
         return self._core
