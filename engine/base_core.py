@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from engine.base_scheduler import BaseScheduler, PrefillChunk
 from engine.batch import Launched
+from engine.block_manager import BlockManager
 from engine.decode import DecodeWorker
 from engine.prefill import PrefillWorker
 from engine.request import FinishReason, Request
@@ -48,9 +49,26 @@ class BaseCore(ABC):
         """Assert that every KV block is back and that its manager says so; for tests, as it looks
         at each."""
 
+    @property
     @abstractmethod
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        """Of the KV blocks that prompts are computed in, and of those that decode reads."""
+
     def statistics(self) -> dict[str, object]:
         """What `LLM.stats` shows."""
+        depths = {
+            "num_waiting": self.scheduler.num_waiting,
+            "num_running": self.scheduler.num_running,
+            "handoff": self._handoff_statistics(),
+        }
+        for name, pool in zip(("prefill_kv_blocks", "kv_blocks"), self.pools, strict=True):
+            depths[f"num_{name}"] = pool.num_blocks
+            depths[f"num_free_{name}"] = pool.num_free_blocks
+        return self.stats.as_dict() | depths
+
+    def _handoff_statistics(self) -> dict[str, object] | None:
+        """Of what goes from device to device; None where there is only one."""
+        return None
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in whatever state it is."""
@@ -65,6 +83,13 @@ class BaseCore(ABC):
         worker.warm_up()
         self.stats.graphs_captured(len(worker.graphs.captured), worker.graphs.capture_ms)
 
+    def _prefill_scheduled(self, chunks: Sequence[PrefillChunk]) -> None:
+        now = time.perf_counter()
+        self.stats.is_active(now)
+        for chunk in chunks:
+            if chunk.request.first_scheduled_time is None:
+                chunk.request.first_scheduled_time = now
+
     def _prefill_launched(self, chunks: Sequence[PrefillChunk]) -> None:
         self.scheduler.launched(chunks)
         self.stats.prefill_launched(sum(chunk.num_tokens for chunk in chunks))
@@ -74,13 +99,13 @@ class BaseCore(ABC):
         fault ends with "error" and those behind it draw their tokens again."""
         token_ids = launched.wait()
         now = time.perf_counter()
+        self.stats.device_was_busy(launched.phase, launched.span.ms)
         for row, ((request, epoch), token_id) in enumerate(
             zip(launched.requests, token_ids, strict=True)
         ):
             if not self.scheduler.record_token(request, token_id, epoch):
                 continue
-            if request.first_token_time is None:
-                request.first_token_time = now
+            self.stats.token_taken(request, now)
             if request.params.logprobs is not None:
                 request.logprobs.append(launched.logprobs_of(row, token_id))
             try:
@@ -111,11 +136,3 @@ class BaseCore(ABC):
     def _requeue(self, requests: Sequence[Request]) -> None:
         for request in reversed(list(dict.fromkeys(requests))):
             self.scheduler.preempt(request)
-
-
-def note_scheduled(chunks: Sequence[PrefillChunk]) -> None:
-    """Note the time, for requests that are launched for the first time."""
-    now = time.perf_counter()
-    for chunk in chunks:
-        if chunk.request.first_scheduled_time is None:
-            chunk.request.first_scheduled_time = now

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.base_scheduler import PrefillChunk
 from engine.device import Span
 from engine.request import Request
+from engine.stats import Phase
 from models.decoder import AttentionBatch
 
 # the arguments of `kernels.sample` behind the logits, in its order
@@ -179,10 +180,16 @@ class Launched:
     """Token ids of one launch on their way to the host, and whose they are."""
 
     def __init__(
-        self, span: Span, requests: Sequence[Request], token_ids: Tensor, logits: Tensor
+        self,
+        phase: Phase,
+        span: Span,
+        requests: Sequence[Request],
+        token_ids: Tensor,
+        logits: Tensor,
     ) -> None:
         """span: of the launch, stopped here; token_ids: [B] int64 and logits: [B, V] on the
         device, row by row the requests'."""
+        self.phase: Phase = phase
         self.requests = [(request, request.epoch) for request in requests]
         self.span = span
         self._logprobs = _wanted_logprobs(requests, token_ids, logits)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from engine.base_core import BaseCore, OnToken, note_scheduled
+from engine.base_core import BaseCore, OnToken
 from engine.batch import Launched
 from engine.block_manager import BlockManager
 from engine.build import graph_pool, longest_request, make_cache, make_decoder, num_kv_blocks
@@ -104,26 +104,23 @@ class Core(BaseCore):
             for results in launched:
                 results.wait()
         self._launched.clear()
+        self.stats.is_idle()
         assert self.block_manager.is_idle, "KV blocks are held though no request is left"
 
     def assert_idle(self) -> None:
         """Assert that every KV block is back; see the base."""
         self.block_manager.assert_idle()
 
-    def statistics(self) -> dict[str, object]:
-        """What `LLM.stats` shows."""
-        return self.stats.as_dict() | {
-            "num_waiting": self.scheduler.num_waiting,
-            "num_running": self.scheduler.num_running,
-            "num_kv_blocks": self.block_manager.num_blocks,
-            "num_free_kv_blocks": self.block_manager.num_free_blocks,
-        }
+    @property
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        """One for both; see the base."""
+        return self.block_manager, self.block_manager
 
     def _launch_prefill(self, launched: list[Launched]) -> None:
         chunks = self.scheduler.schedule_prefill()
         if not chunks:
             return
-        note_scheduled(chunks)
+        self._prefill_scheduled(chunks)
         with self._requeued_on_error([chunk.request for chunk in chunks]):
             results, token_ids = self.prefill.launch(chunks, self.block_manager.block_table)
             self.decode.admit([request for request, _ in results.requests], token_ids)

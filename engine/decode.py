@@ -103,8 +103,8 @@ class DecodeWorker:
         size = next(bucket for bucket in self.buckets if bucket >= len(requests))
         self.inputs.upload(self._columns(requests, table_of), self._padding)
         self.graphs.run(size, self._step)
-        num_rows = len(requests)
-        return Launched(span, requests, self._sampled[:num_rows], self.buffers.logits[:num_rows])
+        token_ids, logits = self._sampled[: len(requests)], self.buffers.logits[: len(requests)]
+        return Launched("decode", span, requests, token_ids, logits)
 
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs of every bucket, over padding alone."""

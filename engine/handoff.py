@@ -114,8 +114,8 @@ class KVLink:
         self.stream = DeviceStream(a.device).stream
         self.staging = Staging(a, b.device)
         if is_direct and a.device != b.device:
-            # torch opens the way for the kernels, at its own first copy
-            torch.empty(1, device=a.device).copy_(torch.empty(1, device=b.device))
+            # torch opens the way for the kernels, at its own first copy in that direction
+            torch.empty(1, device=b.device).copy_(torch.empty(1, device=a.device))
 
     def open(self, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> Copy:
         """A copy of which nothing is sent yet. ValueError unless the blocks are equally many on

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.base_scheduler import PrefillChunk
-from engine.handoff import Copy, Events, KVLink
+from engine.handoff import Copy, Events, KVLink, Way
 from engine.pd_scheduler import Handoff, PDScheduler
-from engine.stats import EngineStats
+from engine.stats import HandoffStats
 
 BlockPairs = tuple[Sequence[int], Sequence[int]]  # of the source and, as many, of the target
 
@@ -28,19 +28,22 @@ class HandoffQueue:
     the caller takes the request's blocks away, and its hand-over then ends as a stale one.
     """
 
-    def __init__(
-        self, scheduler: PDScheduler, slabs: KVLink, pushes: KVLink, stats: EngineStats
-    ) -> None:
+    def __init__(self, scheduler: PDScheduler, slabs: KVLink, pushes: KVLink) -> None:
         """slabs, pushes: links between the same pools, one for each way of handing over: what is
         computed need not wait on a stream for what is not."""
         self._scheduler = scheduler
         self._slabs = slabs
         self._pushes = pushes
-        self._stats = stats
+        self.stats = HandoffStats()
         self._transfers: list[_Transfer] = []
 
     def __len__(self) -> int:
-        return len(self._transfers)
+        return sum(len(transfer.handoffs) for transfer in self._transfers)
+
+    @property
+    def way(self) -> Way:
+        """How blocks are copied."""
+        return self._slabs.way
 
     def start(self, handoffs: Sequence[Handoff], after: Events) -> None:
         """Send whole blocks of prompts that are computed, in one launch, behind the events."""
@@ -104,8 +107,19 @@ class HandoffQueue:
 
     def _end(self, transfer: _Transfer) -> None:
         self._transfers.remove(transfer)
+        num_bytes = sum(copy.num_bytes for copy in transfer.copies)
+        copy_ms = sum(copy.ms for copy in transfer.copies)
+        self.stats.handed_over(len(transfer.handoffs), num_bytes, copy_ms)
+        now = time.perf_counter()
         for handoff in transfer.handoffs:
-            self._scheduler.handoff_done(handoff)
+            if not self._scheduler.handoff_done(handoff):
+                continue
+            request, start = handoff.request, transfer.start_time
+            if request.num_in_flight:  # its token is waited for, not its blocks
+                start = now
+            elif request.last_token_time is not None:
+                start = max(start, request.last_token_time)
+            self.stats.decode_waited((now - start) * 1e3)
 
     @property
     def _block_size(self) -> int:

@@ -20,6 +20,7 @@ from engine.detokenizer import Detokenizer
 from engine.interrupt import deferred
 from engine.pd_core import PDCore
 from engine.request import FinishReason, Request, RequestState, SamplingParams
+from engine.stats import as_text
 from engine.text import chat_token_ids, encode_prompt, load_tokenizer
 from models.config import ModelConfig
 from models.fetch import resolve
@@ -192,8 +193,28 @@ class LLM:
         return chat_token_ids(message, self.tokenizer)
 
     def stats(self) -> dict[str, object]:
-        """Counters and latency percentiles since the engine began, as a plain dict."""
+        """What the engine has done since it began and where it stands, as a plain dict.
+
+        Counts: num_prefill_launches, num_prefill_tokens, num_decode_launches, num_decode_tokens,
+        num_cached_tokens, num_preemptions, finished (by reason), num_graphs, capture_ms.
+        Device time: prefill_busy_ms, decode_busy_ms; active_ms, for how long there were requests;
+        prefill_utilisation, decode_utilisation, shares of it.
+        Latencies, {p50, p90, p99}: queue_ms, ttft_ms, tpot_ms, latency_ms of ended requests, itl_ms
+        of tokens.
+        Now: num_waiting, num_running; num_kv_blocks, num_free_kv_blocks of the pool that decode
+        reads, num_prefill_kv_blocks, num_free_prefill_kv_blocks of that which prompts are computed
+        in, the same one on one device.
+        handoff: None on one device, else a dict of num_handoffs, num_bytes, copy_ms, gb_s,
+        exposed_ms (percentiles; from a prompt's first token being known to its first decode step
+        being possible, as far as the copy alone was waited for), mode (kv_handoff), way ("kernel" |
+        "copy_engine" | "staged"), link_gb_s (measured at the start), num_in_flight, backlog (see
+        max_decode_backlog) and credits (free decode blocks that no request was promised).
+        """
         return self._require_core().statistics()
+
+    def print_statistics(self) -> None:
+        """Print what `stats` gives, in lines to be read."""
+        print(as_text(self.stats()))
 
     def _require_core(self) -> Core | PDCore:
         if self._core is None:

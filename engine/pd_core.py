@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.base_core import BaseCore, OnToken, note_scheduled
+from engine.base_core import BaseCore, OnToken
 from engine.base_scheduler import PrefillChunk
 from engine.batch import Launched
 from engine.block_manager import BlockManager
@@ -67,6 +67,7 @@ class PDCore(BaseCore):
         self._decodes: deque[Launched] = deque()
         # behind the decode launches that may still write blocks which were returned since
         self._fence: torch.cuda.Event | None = None
+        self._mode = config.kv_handoff
         self._prefill_side = DeviceStream(prefill_device)
         self._decode_side = DeviceStream(decode_device)
         model_len = longest_request(config, model_config)
@@ -151,7 +152,7 @@ class PDCore(BaseCore):
                 f"{self.link_gb_s:.1f} GB/s",
                 stacklevel=2,
             )
-        return HandoffQueue(self.scheduler, slabs, pushes, self.stats)
+        return HandoffQueue(self.scheduler, slabs, pushes)
 
     def step(self, on_token: OnToken) -> list[Request]:
         """Launch all that may be launched and take all that is there; where there is neither,
@@ -173,6 +174,7 @@ class PDCore(BaseCore):
                 launched.wait()
             launches.clear()
         self.handoffs.wait()
+        self.stats.is_idle()
         if leftover := self.leases.leftover():
             logger.error("KV blocks are held though no request is left: %s", leftover)
             raise AssertionError(f"KV blocks are held though no request is left: {leftover}")
@@ -181,13 +183,19 @@ class PDCore(BaseCore):
         """Assert that every KV block is back; see the base."""
         self.leases.assert_idle()
 
-    def statistics(self) -> dict[str, object]:
-        """What `LLM.stats` shows."""
-        return self.stats.as_dict() | {
-            "num_waiting": self.scheduler.num_waiting,
-            "num_running": self.scheduler.num_running,
-            "num_kv_blocks": self.leases.decode.num_blocks,
-            "num_free_kv_blocks": self.leases.decode.num_free_blocks,
+    @property
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        """See the base."""
+        return self.leases.prefill, self.leases.decode
+
+    def _handoff_statistics(self) -> dict[str, object]:
+        return self.handoffs.stats.as_dict() | {
+            "mode": self._mode,
+            "way": self.handoffs.way,
+            "link_gb_s": self.link_gb_s,
+            "num_in_flight": len(self.handoffs),
+            "backlog": self.scheduler.decode_backlog,
+            "credits": self.leases.credits,
         }
 
     @property
@@ -209,7 +217,7 @@ class PDCore(BaseCore):
         chunks = self.scheduler.schedule_prefill() if len(self._prefills) < MAX_LAUNCHES else []
         if not chunks:
             return False
-        note_scheduled(chunks)
+        self._prefill_scheduled(chunks)
         with self._requeued_on_error([c.request for c in chunks]), self._prefill_side.active():
             on_layers = self._begin_push(chunks)
             results, _ = self.prefill.launch(chunks, self.scheduler.prefill_table, on_layers)

@@ -184,7 +184,8 @@ class PrefillWorker:
             if on_layers is not None and segment.layers:
                 on_layers(segment.layers)
         token_ids = self._sampled[: len(requests)]
-        return Launched(span, requests, token_ids, self.buffers.logits[: len(requests)]), token_ids
+        logits = self.buffers.logits[: len(requests)]
+        return Launched("prefill", span, requests, token_ids, logits), token_ids
 
     def _upload(self, size: int, columns: dict[str, Any]) -> None:
         # rows of no request end where they begin, behind the last of a request
