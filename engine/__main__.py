@@ -3,15 +3,18 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from engine.config import DTYPES
+from engine.config import DTYPES, OneDeviceWarning
 from engine.llm import LLM
 from engine.request import SamplingParams
 
 CLI_MAX_NUM_SEQS = 8  # few graphs to capture: prompts are shown one after the other anyway
 CLI_MAX_BATCHED_TOKENS = 2048
+TWO_GPU = {"auto": "auto", "on": True, "off": False}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +26,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print results with their metrics as JSON")
     engine = p.add_argument_group("engine")
     engine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    engine.add_argument(
+        "--two-gpu",
+        choices=TWO_GPU,
+        help="prefill on one GPU, decode on another; without this: where there are two",
+    )
     engine.add_argument("--dtype", choices=["auto", *DTYPES])
     engine.add_argument("--kernels", choices=["auto", "triton", "reference"])
     engine.add_argument("--load-format", choices=["auto", "dummy"])
@@ -66,7 +74,7 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": CLI_MAX_NUM_SEQS,
         "max_num_batched_tokens": CLI_MAX_BATCHED_TOKENS,
     }
-    return sizes | _given(args, names)
+    return sizes | {"enable_two_gpu_pd": TWO_GPU[args.two_gpu or "auto"]} | _given(args, names)
 
 
 def _stream(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> None:
@@ -89,12 +97,22 @@ def _print_json(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> N
     print(json.dumps(results, ensure_ascii=False, indent=2))
 
 
+@contextmanager
+def _warnings_in_a_line(args: argparse.Namespace) -> Iterator[None]:
+    """That there is one device is worth telling only where somebody has asked for two."""
+    with warnings.catch_warnings():
+        if args.two_gpu is None:
+            warnings.simplefilter("ignore", OneDeviceWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parser().parse_args(argv)
     try:
         _sampling_params(args)
-        with LLM(args.model, **_engine_options(args)) as llm:
+        with _warnings_in_a_line(args), LLM(args.model, **_engine_options(args)) as llm:
             prompts = [llm.chat_prompt(p) for p in args.prompts] if args.chat else args.prompts
             show = _print_json if args.json else _stream
             show(llm, prompts, args)

@@ -47,20 +47,25 @@ class BaseScheduler(ABC):
         max_num_batched_tokens: int,
         max_model_len: int,
         on_release: Callable[[Request], None] | None,
+        max_chunks: int | None = None,
     ):
         """block_manager: of the pool that prompts are computed in; capacity: tokens that one
         request may have in the cache; max_num_seqs: requests that may decode at a time;
         max_num_batched_tokens: of one prefill launch; max_model_len: tokens of one request, prompt
-        and output; on_release: called when a request has given its blocks back. Raises ValueError
-        where a limit is no integer or too small."""
+        and output; on_release: called when a request has given its blocks back; max_chunks: of one
+        prefill launch, None for no limit. Raises ValueError where a limit is no integer or too
+        small."""
         check_int("max_num_seqs", max_num_seqs, 1)
         check_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         check_int("max_model_len", max_model_len, 2)
+        if max_chunks is not None:
+            check_int("max_chunks", max_chunks, 1)
         self.block_manager = block_manager
         self.capacity = capacity
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_chunks = max_chunks
         self.on_release = on_release
         self.waiting: OrderedDict[int, Request] = OrderedDict()  # in the order of arrival
         self.prefilling: Request | None = None  # at most one is cut by the token budget
@@ -104,10 +109,13 @@ class BaseScheduler(ABC):
         return limit
 
     def schedule_prefill(self) -> list[PrefillChunk]:
-        """Choose the chunks of the next prefill launch, within the token budget."""
+        """Choose the chunks of the next prefill launch, within the limits."""
         chunks: list[PrefillChunk] = []
         budget = self.max_num_batched_tokens
-        while budget and (request := self.prefilling or self._admit_next()) is not None:
+        while budget and len(chunks) != self.max_chunks:
+            request = self.prefilling or self._admit_next()
+            if request is None:
+                break
             chunks.append(self._next_chunk(request, budget))
             budget -= chunks[-1].num_tokens
         return chunks

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.base_scheduler import PrefillChunk
+from engine.device import Span
 from engine.request import Request
+from engine.stats import Phase
 from models.decoder import AttentionBatch
 
 # the arguments of `kernels.sample` behind the logits, in its order
@@ -177,20 +179,31 @@ def to_host(tensor: Tensor) -> Tensor:
 class Launched:
     """Token ids of one launch on their way to the host, and whose they are."""
 
-    def __init__(self, requests: Sequence[Request], token_ids: Tensor, logits: Tensor) -> None:
-        """token_ids: [B] int64 and logits: [B, V] on the device, row by row the requests'."""
+    def __init__(
+        self,
+        phase: Phase,
+        span: Span,
+        requests: Sequence[Request],
+        token_ids: Tensor,
+        logits: Tensor,
+    ) -> None:
+        """span: of the launch, stopped here; token_ids: [B] int64 and logits: [B, V] on the
+        device, row by row the requests'."""
+        self.phase: Phase = phase
         self.requests = [(request, request.epoch) for request in requests]
+        self.span = span
         self._logprobs = _wanted_logprobs(requests, token_ids, logits)
         self._token_ids = to_host(token_ids)
-        self._copied: torch.cuda.Event | None = None
-        if token_ids.device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(token_ids.device))
+        span.stop()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the token ids are on the host."""
+        return self.span.is_done
 
     def wait(self) -> list[int]:
         """The token ids, once they are on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self.span.wait()
         return self._token_ids.tolist()
 
     def logprobs_of(self, row: int, token_id: int) -> dict[int, float] | None:

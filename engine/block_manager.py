@@ -61,12 +61,23 @@ class BlockManager:
         """Return the request's blocks in token order: the live list, not to be changed."""
         return self._holdings[request_id].table
 
-    def admit(self, request_id: int, token_ids: Sequence[int], *, keep_free: int = 0) -> int | None:
+    def digests(self, request_id: int) -> Sequence[bytes]:
+        """The hashes of the request's leading full blocks, as far as they were needed."""
+        return self._holdings[request_id].digests
+
+    def admit(
+        self,
+        request_id: int,
+        token_ids: Sequence[int],
+        *,
+        keep_free: int = 0,
+        digests: Sequence[bytes] = (),
+    ) -> int | None:
         """Grant blocks for all of token_ids, the cached leading ones shared.
 
-        Returns the number of cached tokens, always less than len(token_ids) so that there is
-        something to compute; or None, and nothing has changed, where fewer than keep_free blocks
-        would be left.
+        digests: of these tokens, from a manager that has hashed them already. Returns the number of
+        cached tokens, always less than len(token_ids) so that there is something to compute; or
+        None, and nothing has changed, where fewer than keep_free blocks would be left.
         """
         if request_id in self._holdings:
             raise ValueError(f"request_id must be one without blocks, got {request_id}")
@@ -74,7 +85,7 @@ class BlockManager:
             raise ValueError("token_ids must hold at least one token, got 0")
         if self.num_free_blocks <= keep_free:
             return None  # one block at least is always granted
-        holding = self._lookup(token_ids)
+        holding = self._lookup(token_ids, digests)
         num_new = -(-len(token_ids) // self.block_size) - len(holding.table)
         num_revived = sum(self._ref_counts[block] == 0 for block in holding.table)
         if self.num_free_blocks - num_revived - num_new < keep_free:
@@ -141,14 +152,14 @@ class BlockManager:
         assert self.is_idle, f"blocks still held by requests {sorted(self._holdings)}"
         self.check()
 
-    def _lookup(self, token_ids: Sequence[int]) -> _Holding:
+    def _lookup(self, token_ids: Sequence[int], digests: Sequence[bytes]) -> _Holding:
         """Find the longest cached chain of full blocks, the last token left out."""
-        holding = _Holding([])
+        holding = _Holding([], list(digests))
         if not self.enable_prefix_caching:
             return holding
         for num_full in range(1, (len(token_ids) - 1) // self.block_size + 1):
             self._extend_digests(holding.digests, token_ids, num_full)
-            block = self._block_of.get(holding.digests[-1])
+            block = self._block_of.get(holding.digests[num_full - 1])
             if block is None:
                 break
             holding.table.append(block)

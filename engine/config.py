@@ -6,12 +6,17 @@ import math
 import numbers
 import os
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class OneDeviceWarning(UserWarning):
+    """Two GPUs were asked for where there are some, and there are not."""
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -59,6 +64,20 @@ class EngineConfig:
     load_format: str = "auto"  # auto | dummy: random weights from config.json alone
     kernels: str = "auto"  # auto (triton on a GPU, reference on a CPU) | triton | reference
     tensor_parallel_size: int = 1  # GPUs that share each layer; only 1 for now
+    # prefill on one GPU, decode on another; "auto": where there are two, else on one device. With
+    # device="cpu" both are CPU "devices" with pools of their own.
+    enable_two_gpu_pd: bool | str = False
+    prefill_device_id: int = 0  # the GPU that computes prompts and draws first tokens
+    decode_device_id: int = 1  # the GPU that draws all tokens behind them
+    # KV blocks of the prefill device, which prompts leave once they are handed over: a share of
+    # what weights and buffers leave there, or of num_kv_blocks where that is given, which sizes the
+    # decode pool; in any case enough for one request of max_model_len, if the device holds that
+    prefill_kv_fraction: float = 0.25
+    # prompts in the prefill pool, computed or not, and hand-overs in flight: prefill pauses there
+    max_decode_backlog: int = 256
+    # how KV blocks are handed over: slab (whole, once a prompt is computed), push (by layers, while
+    # it is) or auto (by the prompt's length)
+    kv_handoff: str = "auto"
     seed: int = 0  # from which requests without a seed of their own get theirs
 
     @classmethod
@@ -73,6 +92,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be a name or a folder, got {self.model!r}")
+        self._check_two_gpus()
         self._check_device()
         self._check_sizes()
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -81,6 +101,31 @@ class EngineConfig:
         check_choice("load_format", self.load_format, ("auto", "dummy"))
         check_choice("kernels", self.kernels, ("auto", "triton", "reference"))
         check_int("seed", self.seed, INT64_MIN, INT64_MAX)
+
+    def _check_two_gpus(self) -> None:
+        two = self.enable_two_gpu_pd
+        if not isinstance(two, bool) and two != "auto":
+            raise ValueError(f"enable_two_gpu_pd must be True, False or 'auto', got {two!r}")
+        check_int("prefill_device_id", self.prefill_device_id, 0)
+        check_int("decode_device_id", self.decode_device_id, 0)
+        share = self.prefill_kv_fraction
+        check_number("prefill_kv_fraction", share, "a number in (0, 1]", 0.0, 1.0)
+        if share == 0:
+            raise ValueError(f"prefill_kv_fraction must be a number in (0, 1], got {share!r}")
+        check_int("max_decode_backlog", self.max_decode_backlog, 1)
+        check_choice("kv_handoff", self.kv_handoff, ("auto", "push", "slab"))
+        if not two:
+            return
+        if self.tensor_parallel_size != 1:
+            raise ValueError(
+                "enable_two_gpu_pd must be False where tensor_parallel_size is not 1, "
+                f"got {two!r} with tensor_parallel_size={self.tensor_parallel_size!r}"
+            )
+        if self.prefill_device_id == self.decode_device_id:
+            raise ValueError(
+                "decode_device_id must differ from prefill_device_id where enable_two_gpu_pd is "
+                f"{two!r}, got {self.decode_device_id} for both"
+            )
 
     def _check_device(self) -> None:
         if not isinstance(self.device, str) or not re.fullmatch(
@@ -123,6 +168,41 @@ class EngineConfig:
                 f"device must be {there} (GPUs found: {num_gpus}), got {self.device!r}"
             )
         return f"cuda:{index}"
+
+    def resolve_two_devices(self) -> tuple[str, str] | None:
+        """Return the prefill and the decode device, two that are there; None: all on one.
+
+        Raises ValueError where enable_two_gpu_pd is True and there are no two; "auto" then takes
+        one, with a OneDeviceWarning.
+        """
+        if not self.enable_two_gpu_pd:
+            return None
+        problem = self._why_not_two()
+        if problem is None:
+            ids = (self.prefill_device_id, self.decode_device_id)
+            return ("cpu", "cpu") if self.device == "cpu" else (f"cuda:{ids[0]}", f"cuda:{ids[1]}")
+        if self.enable_two_gpu_pd is True:
+            raise ValueError(problem)
+        warnings.warn(f"prefill and decode share one device: {problem}", OneDeviceWarning, 3)
+        return None
+
+    def _why_not_two(self) -> str | None:
+        """What stands against two devices; ValueError for one that never will be there."""
+        import torch
+
+        if self.device == "cpu":
+            return None if self.enable_two_gpu_pd is True else "device is 'cpu'"
+        if ":" in self.device:
+            return f"device must be auto, cuda or cpu for two GPUs, got {self.device!r}"
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if num_gpus < 2:
+            return (
+                f"enable_two_gpu_pd needs two GPUs (or device='cpu'), found {num_gpus}, "
+                f"got {self.enable_two_gpu_pd!r}"
+            )
+        for name in ("prefill_device_id", "decode_device_id"):
+            check_int(name, getattr(self, name), 0, num_gpus - 1)
+        return None
 
     def resolve_dtype(self, checkpoint_dtype: str | None, device: str) -> str:
         """Return the dtype to compute in; a checkpoint that names none counts as float32."""

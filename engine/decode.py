@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import SAMPLING, BlockTableOf, Launched, sampling_columns, to_device
+from engine.device import Span
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
 from engine.request import Request
@@ -70,15 +71,23 @@ class DecodeWorker:
         self._free_rows = list(range(max_num_seqs))[::-1]
         self.graphs = StepGraphs(device, graph_pool)
 
-    def admit(self, requests: Sequence[Request], token_ids: Tensor) -> None:
-        """Give each request a row and put its newest token there. token_ids: [B] int64."""
+    def admit(self, requests: Sequence[Request], token_ids: Tensor | None = None) -> None:
+        """Give each request a row and put its newest token there. token_ids: [B] int64 on the
+        device; None where the host knows them."""
         if not requests:
             return
         for request in requests:
             self._row_of[request.request_id] = self._free_rows.pop()
             self._num_blocks_sent[request.request_id] = 0
         rows = [self._row_of[request.request_id] for request in requests]
+        if token_ids is None:
+            newest = [request.token_ids[-1] for request in requests]
+            token_ids = to_device(newest, np.int64, self.device)
         self.token_ids.index_copy_(0, to_device(rows, np.int64, self.device), token_ids)
+
+    def has_row(self, request: Request) -> bool:
+        """Whether the request was admitted and not released since."""
+        return request.request_id in self._row_of
 
     def release(self, request: Request) -> None:
         """Take the request's row back; harmless where it has none."""
@@ -89,12 +98,13 @@ class DecodeWorker:
 
     def launch(self, requests: Sequence[Request], table_of: BlockTableOf) -> Launched:
         """One token for each of these admitted requests."""
+        span = Span(self.device)
         self._send_blocks(requests, table_of)
         size = next(bucket for bucket in self.buckets if bucket >= len(requests))
         self.inputs.upload(self._columns(requests, table_of), self._padding)
         self.graphs.run(size, self._step)
-        num_rows = len(requests)
-        return Launched(requests, self._sampled[:num_rows], self.buffers.logits[:num_rows])
+        token_ids, logits = self._sampled[: len(requests)], self.buffers.logits[: len(requests)]
+        return Launched("decode", span, requests, token_ids, logits)
 
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs of every bucket, over padding alone."""

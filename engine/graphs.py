@@ -3,9 +3,9 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes; Triton compiles anew for a pointer that is aligned to less
 
 GraphPool = tuple[int, int]  # what torch.cuda.graph_pool_handle gives
+Key = TypeVar("Key", bound=Hashable)
 
 
 class StaticInputs:
@@ -58,7 +59,7 @@ class StaticInputs:
 
 
 class StepGraphs:
-    """A CUDA graph for each size of a step, captured the first time that the size runs."""
+    """A CUDA graph for each key of a step, its size as a rule, captured when it first runs."""
 
     def __init__(self, device: torch.device, pool: GraphPool | None) -> None:
         """pool: where captures allocate; None: nothing is captured, every step runs as it is.
@@ -66,21 +67,26 @@ class StepGraphs:
         Steps that share a pool must run on one stream: they write to the same memory.
         """
         self.device = device
-        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.capture_ms = 0.0  # host time of all captures
         self._pool = pool
 
-    def run(self, size: int, step: Callable[[int], None]) -> None:
-        """step(size), or its replay. What it reads and writes must be in place from call to call,
-        and it must not look at values on the host."""
-        if size in self.captured:
-            self.captured[size].replay()
-            return
-        step(size)
-        if self._pool is not None:  # the step above compiled what a capture must not compile
-            self.captured[size] = self._capture(size, step)
+    @property
+    def is_capturing(self) -> bool:
+        """Whether steps become graphs."""
+        return self._pool is not None
 
-    def _capture(self, size: int, step: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+    def run(self, key: Key, step: Callable[[Key], None]) -> None:
+        """step(key), or its replay. What it reads and writes must be in place from call to call,
+        and it must not look at values on the host."""
+        if key in self.captured:
+            self.captured[key].replay()
+            return
+        step(key)
+        if self._pool is not None:  # the step above compiled what a capture must not compile
+            self.captured[key] = self._capture(key, step)
+
+    def _capture(self, key: Key, step: Callable[[Key], None]) -> torch.cuda.CUDAGraph:
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         options = {
@@ -89,7 +95,7 @@ class StepGraphs:
             "capture_error_mode": "thread_local",  # another engine may work in another thread
         }
         with _no_garbage_collection(), torch.cuda.graph(graph, **options):
-            step(size)
+            step(key)
         self.capture_ms += (time.perf_counter() - start) * 1e3
         return graph
 

@@ -1,14 +1,13 @@
 """KV blocks from one pool to another, on a stream of their own, ordered by events.
 
-A copy starts behind all that the source device's current stream has been given, the launch that
-fills the blocks among it, and behind the events it is given: those of the target's launches, say,
-which may still write a block that has changed hands since. It runs beside what comes after. Neither
-side's blocks may change hands before its event has passed: who owns them is not known here.
+A copy waits for the events that it is given and for nothing else: one behind the launch that fills
+its blocks, unless that is known to be over, and one behind the target's launches that may still
+write a block which has changed hands since. Neither side's blocks may change hands before it is
+done: who owns them is not known here.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
@@ -17,99 +16,127 @@ import torch
 from torch import Tensor
 
 from engine.batch import to_device
+from engine.device import DeviceStream, Span
 from engine.kv_cache import KVCache
+from engine.staging import Staging
 
-STAGED_BYTES = 64 << 20  # pinned host memory that a copy without peer access goes through
+# kernel: Triton programs on the source's SMs store to the peer; copy_engine: one batched call for
+# the DMA engines, which leaves the SMs to prefill; staged: through pinned host memory
+Way = Literal["kernel", "copy_engine", "staged"]
+DIRECT_WAY: Way = "kernel"
 
-Way = Literal["direct", "staged"]
+Events = Sequence[torch.cuda.Event]
 
 
-@dataclass(frozen=True)
 class Copy:
-    """Blocks on their way."""
+    """Blocks on their way: all at once, or layer by layer as these are computed."""
 
-    num_blocks: int
-    num_bytes: int
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None  # start and end; None: it is over
+    def __init__(self, link: "KVLink", source_blocks: Sequence[int], target_blocks: Sequence[int]):
+        self.num_bytes = 0  # of what was sent so far
+        self._link = link
+        self._blocks = (list(source_blocks), list(target_blocks))
+        self._ids: Tensor | None = None  # [2, n] int64 on the source's device
+        self._spans: list[Span] = []
+
+    def send(self, layers: range | None = None, after: Events = ()) -> None:
+        """Send these layers' slices of the blocks, or all layers, once the events have passed."""
+        if not self._blocks[0]:
+            return
+        link, source, target = self._link, self._link.source.blocks, self._link.target.blocks
+        if layers is not None:
+            where = slice(layers.start, layers.stop)
+            source, target = source[:, where], target[:, where]
+        with link.on_stream(after):
+            self._spans.append(Span(source.device))
+            try:
+                self._launch(source, target)
+            finally:  # what a launch that fails has sent all the same is waited for
+                self._spans[-1].stop()
+        self.num_bytes += len(self._blocks[0]) * source[0].numel() * source.element_size()
+
+    def _launch(self, source: Tensor, target: Tensor) -> None:
+        link = self._link
+        if link.way == "staged":
+            link.staging.copy_blocks(source, target, *self._blocks)
+        elif link.way == "copy_engine":
+            copy_by_engine(source, target, *self._blocks, link.stream)
+        else:
+            if self._ids is None:
+                # made on this stream: their memory is given out anew only behind the copy
+                self._ids = to_device(self._blocks, np.int64, source.device)
+            link.ops.copy_blocks(source, target, self._ids[0], self._ids[1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it is about."""
+        return len(self._blocks[0])
 
     @property
     def is_done(self) -> bool:
-        """Whether source and target may be used by others; asks the device, waits for nothing."""
-        return self.events is None or self.events[1].query()
+        """Whether source and target may be used by others, once no more is sent; asks the device,
+        waits for nothing."""
+        return not self._spans or self._spans[-1].is_done  # they end in their order
 
     def wait(self) -> None:
         """Return once it is done."""
-        if self.events is not None:
-            self.events[1].synchronize()
+        if self._spans:
+            self._spans[-1].wait()
 
     @property
-    def gb_s(self) -> float | None:
-        """Measured on the device, of a copy that is done; None where no clock ran."""
-        if self.events is None:
-            return None
-        return self.num_bytes / self.events[0].elapsed_time(self.events[1]) / 1e6
+    def ms(self) -> float:
+        """What the link took for it, of a copy that is done."""
+        return sum(span.ms for span in self._spans)
 
 
 class KVLink:
     """The way from one KV cache to another, on the same device or on its peer."""
 
-    def __init__(self, source: KVCache, target: KVCache, ops: ModuleType) -> None:
-        """ops: `kernels` or `kernels.reference`. ValueError where the pools' blocks differ."""
+    def __init__(
+        self, source: KVCache, target: KVCache, ops: ModuleType, way: Way | None = None
+    ) -> None:
+        """ops: `kernels` or `kernels.reference`; way: None for the best there is. ValueError where
+        the pools' blocks differ, or the way is not there."""
         a, b = source.blocks, target.blocks
         if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             raise ValueError(
                 f"target must hold blocks of {a.dtype} {list(a.shape[1:])}, "
                 f"got {b.dtype} {list(b.shape[1:])}"
             )
-        self.source, self.target = source, target
-        self.way: Way = "direct" if has_peer_access(a.device, b.device) else "staged"
-        self._ops = ops
-        self._block_bytes = a[0].numel() * a.element_size()
-        self._is_cuda = a.device.type == "cuda"
-        self._stream = torch.cuda.Stream(a.device) if self._is_cuda else None
-        self._staging: Tensor | None = None
-        if self.way == "direct" and a.device != b.device:
-            # torch opens the way for the kernels, at its own first copy
-            torch.empty(1, device=a.device).copy_(torch.empty(1, device=b.device))
+        is_direct = has_peer_access(a.device, b.device)
+        if way is None:
+            way = DIRECT_WAY if is_direct else "staged"
+        if way != "staged" and not is_direct:
+            raise ValueError(f"way must be staged from {a.device} to {b.device}, got {way!r}")
+        if way == "copy_engine" and a.device.type != "cuda":
+            raise ValueError(f"way must be kernel or staged on a {a.device.type}, got {way!r}")
+        self.source, self.target, self.ops = source, target, ops
+        self.way: Way = way
+        self.stream = DeviceStream(a.device).stream
+        self.staging = Staging(a, b.device)
+        if is_direct and a.device != b.device:
+            # torch opens the way for the kernels, at its own first copy in that direction
+            torch.empty(1, device=b.device).copy_(torch.empty(1, device=a.device))
 
-    def start(
-        self,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-        *,
-        layer: int | None = None,
-        after: Sequence[torch.cuda.Event] = (),
-    ) -> Copy:
-        """Send whole blocks in one launch, or one layer's slices of them, while later layers are
-        still being computed. after: what the copy waits for besides the source's current stream.
-        ValueError unless the blocks are equally many on both sides."""
+    def open(self, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> Copy:
+        """A copy of which nothing is sent yet. ValueError unless the blocks are equally many on
+        both sides."""
         if len(target_blocks) != len(source_blocks):
             raise ValueError(
                 f"target_blocks must be {len(source_blocks)}, as the source's, "
                 f"got {len(target_blocks)}"
             )
-        source, target = self.source.blocks, self.target.blocks
-        if layer is not None:
-            source, target = self.source.layers[layer], self.target.layers[layer]
-        if not source_blocks:
-            return Copy(0, 0, None)
-        events = self._events()
-        with self._behind_current_stream(after):
-            if events is not None:
-                events[0].record(self._stream)
-            if self.way == "direct":
-                # made on this stream: their memory is given out anew only behind the copy
-                ids = to_device([list(source_blocks), list(target_blocks)], np.int64, source.device)
-                self._ops.copy_blocks(source, target, ids[0], ids[1])
-            else:
-                self._copy_through_host(source, target, source_blocks, target_blocks)
-            if events is not None:
-                events[1].record(self._stream)
-        num_bytes = len(source_blocks) * source[0].numel() * source.element_size()
-        return Copy(len(source_blocks), num_bytes, events)
+        return Copy(self, source_blocks, target_blocks)
 
-    def measure(self, num_blocks: int = 64) -> float | None:
-        """GB/s of one copy of free blocks, each pool's first; None where nothing can be timed.
+    def start(
+        self, source_blocks: Sequence[int], target_blocks: Sequence[int], after: Events = ()
+    ) -> Copy:
+        """Send whole blocks in one launch, once the events have passed; errors: see `open`."""
+        copy = self.open(source_blocks, target_blocks)
+        copy.send(after=after)
+        return copy
+
+    def measure(self, num_blocks: int = 64) -> float:
+        """GB/s of one copy of free blocks, each pool's first, by the clock of the source device.
 
         Overwrites the target's: only for pools that hold nothing yet.
         """
@@ -117,51 +144,51 @@ class KVLink:
         for _ in range(2):  # the first one compiles
             copy = self.start(blocks, blocks)
             copy.wait()
-        return copy.gb_s
+        return copy.num_bytes / copy.ms / 1e6
 
-    def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
-        if not self._is_cuda:
-            return None
-        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def _behind_current_stream(
-        self, after: Sequence[torch.cuda.Event]
-    ) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+    @contextmanager
+    def on_stream(self, after: Events) -> Iterator[None]:
+        """Within, launches go to the link's stream, behind these events."""
+        if self.stream is None:
+            yield
+            return
         for event in after:
-            self._stream.wait_event(event)
-        return torch.cuda.stream(self._stream)
+            self.stream.wait_event(event)
+        with torch.cuda.stream(self.stream):
+            yield
 
-    def _copy_through_host(
-        self,
-        source: Tensor,
-        target: Tensor,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-    ) -> None:
-        """A part at a time through pinned memory: slow, and the host waits for each."""
-        slab_bytes = source[0].numel() * source.element_size()
-        if self._staging is None:
-            self._staging = torch.empty(
-                max(STAGED_BYTES, self._block_bytes),
-                dtype=torch.uint8,
-                pin_memory=self._is_cuda,
-            )
-        step = len(self._staging) // slab_bytes
-        for first in range(0, len(source_blocks), step):
-            wanted = source_blocks[first : first + step]
-            part = self._staging[: len(wanted) * slab_bytes].view(source.dtype)
-            part = part.view(len(wanted), *source.shape[1:])
-            there = to_device(list(wanted), np.int64, source.device)
-            part.copy_(source.index_select(0, there), non_blocking=True)
-            if self._stream is not None:
-                self._stream.synchronize()
-            to = to_device(list(target_blocks[first : first + step]), np.int64, target.device)
-            target.index_copy_(0, to, part.to(target.device, non_blocking=True))
-            if target.device.type == "cuda":  # the buffer is filled anew in the next round
-                torch.cuda.current_stream(target.device).synchronize()
+
+def copy_by_engine(
+    source: Tensor,
+    target: Tensor,
+    source_blocks: Sequence[int],
+    target_blocks: Sequence[int],
+    stream: torch.cuda.Stream,
+) -> None:
+    """target[target_blocks] = source[source_blocks], [num_blocks, ...] each and contiguous behind
+    dim 0, by the copy engines in one batched call. RuntimeError where CUDA refuses it."""
+    from cuda.bindings import runtime
+
+    def addresses(pool: Tensor, blocks: Sequence[int]) -> list[int]:
+        stride = pool.stride(0) * pool.element_size()
+        return (pool.data_ptr() + np.asarray(blocks, dtype=np.int64) * stride).tolist()
+
+    num_copies, num_bytes = len(source_blocks), source[0].numel() * source.element_size()
+    attributes = runtime.cudaMemcpyAttributes()
+    attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+    attributes.flags = runtime.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute
+    (error,) = runtime.cudaMemcpyBatchAsync(
+        addresses(target, target_blocks),
+        addresses(source, source_blocks),
+        [num_bytes] * num_copies,
+        num_copies,
+        [attributes],
+        [0],
+        1,
+        stream.cuda_stream,
+    )
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"cudaMemcpyBatchAsync of {num_copies} blocks failed: {error.name}")
 
 
 def has_peer_access(source: torch.device, target: torch.device) -> bool:

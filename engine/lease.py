@@ -107,7 +107,8 @@ class Leases:
         here on both sides' blocks are kept until `end_copy`, whatever becomes of the request.
         """
         lease = self._open[request_id]
-        num_cached = self.decode.admit(lease.lease_id, token_ids)
+        digests = self.prefill.digests(lease.lease_id)
+        num_cached = self.decode.admit(lease.lease_id, token_ids, digests=digests)
         grown = num_cached is not None and self.decode.grow(lease.lease_id, num_copied + 1)
         assert grown, "a promised block is not free"
         destination = self.decode.block_table(lease.lease_id)

@@ -18,7 +18,9 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.detokenizer import Detokenizer
 from engine.interrupt import deferred
+from engine.pd_core import PDCore
 from engine.request import FinishReason, Request, RequestState, SamplingParams
+from engine.stats import as_text
 from engine.text import chat_token_ids, encode_prompt, load_tokenizer
 from models.config import ModelConfig
 from models.fetch import resolve
@@ -61,7 +63,7 @@ class _Job:
 
 
 class LLM:
-    """One model on one device. Use it in a `with` statement, or call `exit` at the end.
+    """One model on one device or two. Use it in a `with` statement, or call `exit` at the end.
 
     Options are the fields of `engine.config.EngineConfig`. An unknown one is a TypeError, a wrong
     value a ValueError, a checkpoint that is not there a FileNotFoundError.
@@ -69,12 +71,15 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_options(model, **options)
-        device = self.config.resolve_device()
-        self.config.resolve_kernels(device)
+        devices = self.config.resolve_two_devices() or (self.config.resolve_device(),)
+        self.config.resolve_kernels(devices[0])
         folder = resolve(self.config.model)
         self.model_config = ModelConfig.from_folder(folder)
         self.tokenizer = load_tokenizer(folder)
-        self._core: Core | None = Core(self.config, self.model_config, folder, torch.device(device))
+        kind = Core if len(devices) == 1 else PDCore
+        self._core: Core | PDCore | None = kind(
+            self.config, self.model_config, folder, *map(torch.device, devices)
+        )
         self._jobs: dict[int, _Job] = {}
         self._touched: dict[object, dict[int, _Job]] = {}  # owner -> jobs with something new
         self._ids = itertools.count()
@@ -188,16 +193,30 @@ class LLM:
         return chat_token_ids(message, self.tokenizer)
 
     def stats(self) -> dict[str, object]:
-        """Counters and latency percentiles since the engine began, as a plain dict."""
-        core = self._require_core()
-        return core.stats.as_dict() | {
-            "num_waiting": core.scheduler.num_waiting,
-            "num_running": core.scheduler.num_running,
-            "num_kv_blocks": core.block_manager.num_blocks,
-            "num_free_kv_blocks": core.block_manager.num_free_blocks,
-        }
+        """What the engine has done since it began and where it stands, as a plain dict.
 
-    def _require_core(self) -> Core:
+        Counts: num_prefill_launches, num_prefill_tokens, num_decode_launches, num_decode_tokens,
+        num_cached_tokens, num_preemptions, finished (by reason), num_graphs, capture_ms.
+        Device time: prefill_busy_ms, decode_busy_ms; active_ms, for how long there were requests;
+        prefill_utilisation, decode_utilisation, shares of it.
+        Latencies, {p50, p90, p99}: queue_ms, ttft_ms, tpot_ms, latency_ms of ended requests, itl_ms
+        of tokens.
+        Now: num_waiting, num_running; num_kv_blocks, num_free_kv_blocks of the pool that decode
+        reads, num_prefill_kv_blocks, num_free_prefill_kv_blocks of that which prompts are computed
+        in, the same one on one device.
+        handoff: None on one device, else a dict of num_handoffs, num_bytes, copy_ms, gb_s,
+        exposed_ms (percentiles; from a prompt's first token being known to its first decode step
+        being possible, as far as the copy alone was waited for), mode (kv_handoff), way ("kernel" |
+        "copy_engine" | "staged"), link_gb_s (measured at the start), num_in_flight, backlog (see
+        max_decode_backlog) and credits (free decode blocks that no request was promised).
+        """
+        return self._require_core().statistics()
+
+    def print_statistics(self) -> None:
+        """Print what `stats` gives, in lines to be read."""
+        print(as_text(self.stats()))
+
+    def _require_core(self) -> Core | PDCore:
         if self._core is None:
             raise RuntimeError("this LLM was closed by exit(); make a new one")
         return self._core

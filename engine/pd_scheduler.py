@@ -69,17 +69,21 @@ class PDScheduler(BaseScheduler):
         max_model_len: int,
         max_decode_backlog: int,
         growth_tokens: int = 256,
-        handoff_before_token: bool = False,
+        push_tokens: int | None = None,
+        max_chunks: int | None = None,
         on_release: Callable[[Request], None] | None = None,
     ):
         """max_num_seqs: requests that decode or are being copied, at most; max_decode_backlog:
         those with blocks that do not decode yet, at most, ended ones with a copy in flight
         included, so that it bounds the copies and a launch's chunks too; growth_tokens: output
-        that decode blocks are promised for; handoff_before_token: start a hand-over with the last
-        chunk's launch, so that layers can be pushed as they are computed, though the first token
-        may then end the request in vain; the others, and errors: see the base."""
+        that decode blocks are promised for; push_tokens: a hand-over of at least so many tokens
+        may start with its last chunk's launch, so that layers can be pushed as they are computed,
+        though the first token may then end the request in vain; None: none does; the others, and
+        errors: see the base."""
         check_int("max_decode_backlog", max_decode_backlog, 1)
         check_int("growth_tokens", growth_tokens, 0)
+        if push_tokens is not None:
+            check_int("push_tokens", push_tokens, 0)
         smaller = min(prefill_blocks.num_blocks, decode_blocks.num_blocks)
         super().__init__(
             prefill_blocks,
@@ -87,12 +91,13 @@ class PDScheduler(BaseScheduler):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            max_chunks=max_chunks,
             on_release=on_release,
         )
         self.leases = Leases(prefill_blocks, decode_blocks)
         self.max_decode_backlog = max_decode_backlog
         self.growth_tokens = growth_tokens
-        self.handoff_before_token = handoff_before_token
+        self.push_tokens = push_tokens
 
     @property
     def num_decoding(self) -> int:
@@ -125,7 +130,7 @@ class PDScheduler(BaseScheduler):
         """Choose the hand-overs to start now, in the order in which prompts were computed.
 
         Each is reported by `handoff_done` or `handoff_failed` exactly once, whatever becomes of
-        the request; one without blocks at once. With handoff_before_token, call this between
+        the request; one without blocks at once. With push_tokens, call this between
         `schedule_prefill` and the launch to push layers as they are computed.
         """
         num_copying = sum(r.state is RequestState.COPYING for r in self.running.values())
@@ -193,7 +198,9 @@ class PDScheduler(BaseScheduler):
             return False
         if self._never_decodes(request.num_computed_tokens, request):
             return False
-        return self.handoff_before_token or not request.num_in_flight
+        if not request.num_in_flight:
+            return True
+        return self.push_tokens is not None and request.num_computed_tokens >= self.push_tokens
 
     def _hand_over(self, request: Request) -> Handoff:
         num_tokens = request.num_computed_tokens

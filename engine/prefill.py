@@ -2,12 +2,13 @@
 
 Kernel by kernel, the host takes longer to launch a short prompt than the device to compute it.
 Such launches are padded to a bucket of tokens and a fixed number of chunks, and are one CUDA graph
-from embedding to drawn token. Padding is inert: a padding token is stored nowhere and belongs to no
+from embedding to drawn token, or one for each group of layers, whose k and v can then be sent away
+while the next is computed. Padding is inert: a padding token is stored nowhere and belongs to no
 request, so that attention neither reads nor writes its row, and all other kernels keep to rows.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from engine.batch import (
     prefill_columns,
     sampled_requests,
 )
+from engine.device import Span
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
 from models.config import ModelConfig
@@ -34,6 +36,10 @@ TOKEN_BUCKETS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 # What an H100 computes while the host launches the seven kernels of a layer, some 0.35 ms. Where a
 # layer takes more, the host is no longer what is waited for, and padding would only cost.
 LAUNCH_FLOPS = 2e11
+
+# Beyond, for a worker whose host must be free for another device: a padded token costs what a real
+# one does, and 512 are at most a quarter of the launch, as a rule a twentieth.
+BUCKET_STEP = 512
 
 # Attention has a program for each head, row and tile of the bucket, most of which leave at once:
 # with 8 rows at most 2048 on the Qwen3 family, some microseconds a layer. More rows cost more for
@@ -49,6 +55,29 @@ def token_buckets(config: ModelConfig, max_num_batched_tokens: int) -> list[int]
     return sorted({min(n, max_num_batched_tokens) for n in TOKEN_BUCKETS if n <= limit})
 
 
+def all_token_buckets(max_num_batched_tokens: int) -> list[int]:
+    """Token counts, rising, that hold every launch, whatever the device takes for it."""
+    sizes = [*TOKEN_BUCKETS, *range(TOKEN_BUCKETS[-1], max_num_batched_tokens, BUCKET_STEP)]
+    return sorted({n for n in sizes if n < max_num_batched_tokens} | {max_num_batched_tokens})
+
+
+class Segment(NamedTuple):
+    """What is launched at a time: layers in turn and, behind the last, the draw of tokens."""
+
+    layers: range
+    draws: bool
+
+
+def segments(num_layers: int, num_groups: int) -> list[Segment]:
+    """One for all, or layers in groups of about equal size, and the draw apart so that the last
+    group need not wait for it."""
+    if num_groups == 1:
+        return [Segment(range(num_layers), True)]
+    ends = [num_layers * (i + 1) // num_groups for i in range(num_groups)]
+    groups = [range(a, b) for a, b in zip([0, *ends], ends, strict=False) if a < b]
+    return [*(Segment(group, False) for group in groups), Segment(range(0), True)]
+
+
 class PrefillWorker:
     """Launches chunks of prompts over one KV cache; the caller sets device and stream."""
 
@@ -62,10 +91,13 @@ class PrefillWorker:
         buckets: Sequence[int],
         graph_pool: GraphPool | None,
         device: torch.device,
+        graph_rows: int = GRAPH_ROWS,
+        num_layer_groups: int = 1,
     ) -> None:
         """buffers: for as many tokens and sampled rows as one launch may have; buckets: the token
         counts, rising, to which launches are padded; graph_pool: see `StepGraphs`, None for padded
-        launches without graphs."""
+        launches without graphs; graph_rows: chunks that a padded launch may have;
+        num_layer_groups: parts that a launch is cut into, see `launch`."""
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.buffers = buffers
@@ -74,12 +106,13 @@ class PrefillWorker:
         self.graphs = StepGraphs(device, graph_pool)
         max_rows = len(buffers.logits)
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._num_rows = min(GRAPH_ROWS, max_rows)
+        self._num_rows = min(graph_rows, max_rows)
+        self._segments = segments(decoder.config.num_layers, num_layer_groups)
         self._max_blocks = -(-max_model_len // kv_cache.block_size)
         self._inputs = {size: StaticInputs(self._fields(size), device) for size in self.buckets}
 
     def _fields(self, size: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-        rows = self._num_rows
+        rows = min(self._num_rows, size)
         shapes = dict.fromkeys(("token_ids", "positions", "slot_mapping"), (size,))
         shapes |= {"cu_seqlens": (rows + 1,), "block_table": (rows, self._max_blocks)}
         return {name: (dtype, shapes.get(name, (rows,))) for name, dtype in PREFILL.items()}
@@ -88,13 +121,16 @@ class PrefillWorker:
         """Compile the kernels for launches of every size and capture the graphs, over tokens that
         are not stored."""
         longest = len(self.buffers.hidden)
-        num_tokens = 1
-        while num_tokens < longest:  # tiles change at powers of two
-            self._compute(self._padding_batch(num_tokens))
-            num_tokens *= 2
-        self._compute(self._padding_batch(longest))
+        powers = [2**i for i in range(longest.bit_length()) if 2**i < longest]
+        # tiles change at powers of two; none is launched eagerly where the largest has a graph
+        for num_tokens in [] if longest in self.buckets else [*powers, longest]:
+            batch = self._padding_batch(num_tokens)
+            for segment in self._segments:
+                self._compute(batch, segment)
         for size in reversed(self.buckets):
-            self._run_padded(size, {"cu_seqlens": [0]})
+            self._upload(size, {"cu_seqlens": [0]})
+            for index in range(len(self._segments)):
+                self.graphs.run((size, index), self._padded_step)
 
     def _padding_batch(self, num_tokens: int) -> PrefillBatch:
         num_blocks = -(-num_tokens // self.kv_cache.block_size)
@@ -118,41 +154,62 @@ class PrefillWorker:
         return next((size for size in self.buckets if size >= num_tokens), None)
 
     def launch(
-        self, chunks: Sequence[PrefillChunk], table_of: BlockTableOf
+        self,
+        chunks: Sequence[PrefillChunk],
+        table_of: BlockTableOf,
+        on_layers: Callable[[range], None] | None = None,
     ) -> tuple[Launched, Tensor]:
         """Compute the chunks; where a prompt ends, draw its first token.
 
-        Returns the tokens on their way to the host, and the same on the device: [B] int64, a row
-        for each chunk with is_last, in order, overwritten by the next launch.
+        on_layers: called behind the launch of each group of layers, with these: their k and v are
+        in the cache once the stream has come that far. Returns the tokens on their way to the host,
+        and the same on the device: [B] int64, a row for each chunk with is_last, in order,
+        overwritten by the next launch.
         """
         columns = prefill_columns(chunks, table_of, self.kv_cache.block_size)
-        size = self.bucket_of(chunks)
-        if size is None:
-            self._compute(PrefillBatch.of(columns, self.device))
-        else:
-            self._run_padded(size, columns)
         requests = sampled_requests(chunks)
+        size = self.bucket_of(chunks)
+        span = Span(self.device)
+        if size is None:
+            batch = PrefillBatch.of(columns, self.device)
+        else:
+            self._upload(size, columns)
+        for index, segment in enumerate(self._segments):
+            if not segment.layers and not requests:
+                continue
+            if size is None:
+                self._compute(batch, segment)
+            else:
+                self.graphs.run((size, index), self._padded_step)
+            if on_layers is not None and segment.layers:
+                on_layers(segment.layers)
         token_ids = self._sampled[: len(requests)]
-        return Launched(requests, token_ids, self.buffers.logits[: len(requests)]), token_ids
+        logits = self.buffers.logits[: len(requests)]
+        return Launched("prefill", span, requests, token_ids, logits), token_ids
 
-    def _run_padded(self, size: int, columns: dict[str, Any]) -> None:
+    def _upload(self, size: int, columns: dict[str, Any]) -> None:
         # rows of no request end where they begin, behind the last of a request
         padding = {"slot_mapping": -1, "cu_seqlens": columns["cu_seqlens"][-1]}
         self._inputs[size].upload(columns, padding)
-        self.graphs.run(size, self._padded_step)
 
-    def _padded_step(self, size: int) -> None:
+    def _padded_step(self, step: tuple[int, int]) -> None:
         # Tokens are drawn for all rows, wanted or not: a launch of cut prompts alone, which wants
         # none, fills the token budget and seldom fits a bucket.
-        self._compute(PrefillBatch.of_tensors(self._inputs[size].tensors, size))
+        size, index = step
+        batch = PrefillBatch.of_tensors(self._inputs[size].tensors, size)
+        self._compute(batch, self._segments[index])
 
-    def _compute(self, batch: PrefillBatch) -> None:
-        """Embed to sampled token, in static buffers."""
+    def _compute(self, batch: PrefillBatch, segment: Segment) -> None:
+        """Embed to sampled token, or what of it the segment has, in static buffers."""
         num_rows = len(batch.sampled_rows)
         buffers = self.buffers.first(len(batch.token_ids), num_rows)
-        self.decoder.embed(batch.token_ids, buffers)
-        self.decoder.layers(buffers, batch.attention, self.kv_cache.layers)
-        if num_rows:
+        if segment.layers and segment.layers[0] == 0:
+            self.decoder.embed(batch.token_ids, buffers)
+        for layer in segment.layers:
+            kv_cache = self.kv_cache.layers[layer]
+            self.decoder.attention_stage(layer, buffers, batch.attention, kv_cache)
+            self.decoder.ffn_stage(layer, buffers)
+        if segment.draws and num_rows:
             last = buffers.hidden.index_select(0, batch.sampled_rows)
             logits = self.decoder.lm_head(last, buffers)
             self.decoder.ops.sample(

@@ -81,7 +81,7 @@ class Request:
     token_ids: list[int]  # the prompt, then every generated token that the host knows
     params: SamplingParams
     seed: int = 0  # the engine's; the one in params comes first
-    arrival_time: float = 0.0  # seconds, time.perf_counter, as are the three at the end
+    arrival_time: float = 0.0  # seconds, time.perf_counter, as are the four at the end
 
     num_prompt_tokens: int = field(init=False)
     max_total_tokens: int = field(init=False)  # prompt + generated; the scheduler lowers it
@@ -96,6 +96,7 @@ class Request:
     logprobs: list[Any] = field(default_factory=list)  # one entry per generated token, if asked for
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
     finished_time: float | None = None
 
     def __post_init__(self) -> None:

@@ -67,6 +67,7 @@ class PDEngine(FakeEngine):
     def prefill_turn(self, *, fails: bool = False, pushes: bool = False) -> None:
         chunks = self.scheduler.schedule_prefill()
         assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.max_num_batched_tokens
+        assert len(chunks) <= (self.scheduler.max_chunks or len(chunks))
         if pushes:
             self.start_copies()
         if fails:

@@ -165,7 +165,7 @@ def test_a_bad_option_is_refused(folder, options, message):
 )
 def test_options_are_checked_before_weights_are_read(folder, options, monkeypatch):
     read = []
-    monkeypatch.setattr("engine.core.load_weights", lambda *args, **kwargs: read.append(args))
+    monkeypatch.setattr("engine.build.load_weights", lambda *args, **kwargs: read.append(args))
     with pytest.raises(ValueError):
         LLM(folder, **{"device": "cpu", "num_kv_blocks": 8} | options)
     assert not read

@@ -18,6 +18,7 @@ from engine.batch import (
     to_device,
     to_host,
 )
+from engine.device import Span
 from engine.request import Request, SamplingParams
 
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ def test_a_launch_keeps_tokens_owners_and_the_logprobs_asked_for():
     ]
     requests[1].epoch = 4
     logits, token_ids = torch.randn(3, 7), torch.tensor([5, 6, 0])
-    launched = Launched(requests, token_ids, logits)
+    launched = Launched("decode", Span(token_ids.device), requests, token_ids, logits)
     wanted = logits.log_softmax(-1)
     token_ids.zero_(), logits.zero_()  # the buffers of the next launch
     assert launched.wait() == [5, 6, 0]
@@ -189,5 +190,7 @@ def test_a_launch_keeps_tokens_owners_and_the_logprobs_asked_for():
 
 def test_a_launch_without_logprobs_computes_none(monkeypatch):
     monkeypatch.setattr(torch, "log_softmax", None)
-    launched = Launched([Request(0, [1], SamplingParams())], torch.tensor([5]), torch.randn(1, 7))
+    token_ids = torch.tensor([5])
+    requests = [Request(0, [1], SamplingParams())]
+    launched = Launched("decode", Span(token_ids.device), requests, token_ids, torch.randn(1, 7))
     assert launched.logprobs_of(0, 5) is None

@@ -182,6 +182,19 @@ def test_commit_looks_at_new_full_blocks_only(monkeypatch: pytest.MonkeyPatch) -
     assert len(published) == 3
 
 
+def test_tokens_that_another_manager_has_hashed_are_not_hashed_again(monkeypatch) -> None:
+    one, other, token_ids = BlockManager(8, 2), BlockManager(8, 2), [1, 2, 3, 4, 5, 6]
+    one.admit(0, token_ids)
+    one.commit(0, token_ids, 6)
+    assert len(one.digests(0)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.block_manager.blake2b", None)
+        assert other.admit(0, [*token_ids, 7], digests=one.digests(0)) == 0
+        other.commit(0, [*token_ids, 7], 6)
+        assert other.admit(1, token_ids, digests=one.digests(0)) == 4
+    assert other.admit(2, [*token_ids, 8]) == 6
+
+
 def test_without_prefix_caching_nothing_is_found() -> None:
     manager = BlockManager(8, 1, enable_prefix_caching=False)
     manager.admit(0, [1, 2, 3])

@@ -104,6 +104,15 @@ def test_dummy_weights_and_other_engine_options(rambler, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_two_devices_say_what_one_says(speaker, capsys):
+    for choice in ("on", "off", "auto"):
+        assert run(">", "--model", speaker, "--two-gpu", choice, *GREEDY) == 0
+        told = capsys.readouterr()
+        assert told.out == ANSWER + "\n"
+        wanted = "warning: prefill and decode share one device: device is 'cpu'\n"
+        assert told.err == (wanted if choice == "auto" else "")
+
+
 BAD = {
     "no such folder": (["--model", "./nowhere"], "no such checkpoint folder: ./nowhere"),
     "bad name": (["--model", "no-such-model"], "got 'no-such-model'"),
@@ -112,6 +121,7 @@ BAD = {
     "temperature": (["--temperature", "-1"], "temperature must be a finite number >= 0, got -1.0"),
     "top_p": (["--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
     "max_model_len": (["--max-model-len", "9999"], "max_model_len must be at most the model's 512"),
+    "two GPUs": (["--two-gpu", "on", "--device", "cuda:0"], "auto, cuda or cpu for two GPUs"),
     "stop": (["--stop", ""], "stop must be a non-empty string"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, OneDeviceWarning
 
 BAD_OPTIONS = [
     ("device", "gpu", "auto, cpu, cuda or cuda:N"),
@@ -35,6 +35,14 @@ BAD_OPTIONS = [
     ("tensor_parallel_size", 0, ">= 1"),
     ("seed", 2**63, "from -9223372036854775808 to 9223372036854775807"),
     ("seed", None, "integer"),
+    ("enable_two_gpu_pd", "yes", "True, False or 'auto'"),
+    ("enable_two_gpu_pd", 1, "True, False or 'auto'"),
+    ("prefill_device_id", -1, ">= 0"),
+    ("decode_device_id", "1", ">= 0"),
+    ("prefill_kv_fraction", 0, "(0, 1]"),
+    ("prefill_kv_fraction", 1.5, "(0, 1]"),
+    ("max_decode_backlog", 0, ">= 1"),
+    ("kv_handoff", "pull", "one of auto, push, slab"),
 ]
 
 
@@ -81,6 +89,50 @@ def test_resolve_device(num_gpus: int) -> None:
         assert (resolve("cuda"), resolve("cuda:1")) == ("cuda:0", "cuda:1")
     with pytest.raises(ValueError, match=rf"device must .*found: {num_gpus}\), got 'cuda:2'"):
         resolve("cuda:2")
+
+
+@pytest.mark.parametrize("two", [True, "auto"])
+def test_two_devices_are_not_one_and_share_no_layer(two: bool | str) -> None:
+    options = {"enable_two_gpu_pd": two}
+    with pytest.raises(ValueError, match=r"decode_device_id must differ .* got 1 for both"):
+        EngineConfig(model="m", prefill_device_id=1, **options)
+    with pytest.raises(ValueError, match="enable_two_gpu_pd must be False where tensor_parallel"):
+        EngineConfig(model="m", tensor_parallel_size=2, **options)
+    EngineConfig(model="m", prefill_device_id=1)  # nobody asks for two
+
+
+def two_devices(device: str, **options: Any) -> tuple[str, str] | None:
+    return EngineConfig(model="m", device=device, **options).resolve_two_devices()
+
+
+def test_resolve_two_devices(num_gpus: int) -> None:
+    assert two_devices("auto") is None
+    assert two_devices("cpu", enable_two_gpu_pd=True) == ("cpu", "cpu")
+    if num_gpus:
+        for two in (True, "auto"):
+            assert two_devices("auto", enable_two_gpu_pd=two) == ("cuda:0", "cuda:1")
+            swapped = {"prefill_device_id": 1, "decode_device_id": 0}
+            assert two_devices("cuda", enable_two_gpu_pd=two, **swapped) == ("cuda:1", "cuda:0")
+            with pytest.raises(ValueError, match=r"decode_device_id must be .* from 0 to 1, got 2"):
+                two_devices("auto", enable_two_gpu_pd=two, decode_device_id=2)
+    else:
+        with pytest.raises(ValueError, match=r"needs two GPUs .* found 0, got True"):
+            two_devices("auto", enable_two_gpu_pd=True)
+    with pytest.raises(ValueError, match=r"device must be auto, cuda or cpu .* got 'cuda:1'"):
+        two_devices("cuda:1", enable_two_gpu_pd=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "num", "reason"),
+    [("auto", 1, "found 1"), ("cuda", 0, "found 0"), ("cpu", 2, "'cpu'"), ("cuda:0", 2, "cuda:0")],
+)
+def test_auto_takes_one_device_and_says_so(
+    device: str, num: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num)
+    with pytest.warns(OneDeviceWarning, match=f"prefill and decode share one device: .*{reason}"):
+        assert two_devices(device, enable_two_gpu_pd="auto") is None
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

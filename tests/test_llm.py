@@ -48,7 +48,7 @@ def small_llm(folder: Path, **options):
 
 def assert_idle(llm: LLM) -> None:
     llm._core.drain()
-    llm._core.block_manager.assert_idle()
+    llm._core.assert_idle()
     stats = llm.stats()
     assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
     assert stats["num_free_kv_blocks"] == stats["num_kv_blocks"]
@@ -616,7 +616,7 @@ def test_ctrl_c_at_any_time(rambler, ctrl_c):
             rambler.generate(["abc", "de"], params)
             time.sleep(5)  # a fast machine may be through before the signal
         timer.join()
-        rambler._core.block_manager.assert_idle()
+        rambler._core.assert_idle()
     assert len(rambler.generate("abc", GREEDY)[0]["token_ids"]) == 8
 
 

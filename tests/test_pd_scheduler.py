@@ -27,9 +27,10 @@ class PDMachine(EngineMachine):
         max_model_len=st.sampled_from([2, 17, 40]),
         max_decode_backlog=st.sampled_from([1, 2, 4, 6]),
         growth_tokens=st.integers(0, 6),
-        handoff_before_token=st.booleans(),
+        push_tokens=st.sampled_from([None, 0, 5]),
+        max_chunks=st.sampled_from([None, 1, 3]),
     )
-    def start(self, **options: int) -> None:
+    def start(self, **options: int | None) -> None:
         self.engine = PDEngine(**options)
 
     @rule(
@@ -176,9 +177,9 @@ def test_tokens_do_not_depend_on_the_schedule(
 
 
 @pytest.mark.parametrize("length", EDGES)
-@pytest.mark.parametrize("before_token", [False, True])
-def test_one_token_never_touches_the_decode_pool(length: int, before_token: bool) -> None:
-    engine = engine_of(handoff_before_token=before_token)
+@pytest.mark.parametrize("push_tokens", [None, 0])
+def test_one_token_never_touches_the_decode_pool(length: int, push_tokens: int | None) -> None:
+    engine = engine_of(push_tokens=push_tokens)
     add(engine, length, max_tokens=1)
     engine.prefill_turn()
     assert engine.scheduler.leases.num_owed == 0 and not engine.start_copies()
@@ -198,7 +199,7 @@ def test_first_token_that_ends_it_never_touches_the_decode_pool() -> None:
 
 
 def test_pushed_before_its_token_it_decodes_once_both_are_there() -> None:
-    engine = engine_of(handoff_before_token=True)
+    engine = engine_of(push_tokens=0)
     copied_first, known_first = add(engine, 20), add(engine, 20, seed=2)
     engine.prefill_turn(pushes=True)
     assert [handoff.request for handoff in engine.copies] == [copied_first, known_first]

@@ -273,7 +273,7 @@ def test_more_chunks_or_tokens_than_a_graph_holds_are_launched_as_they_are(
     for target in (bench, plain):
         if prefix := prefixes_of(chunks):
             target.launch(prefix, tables)
-    monkeypatch.setattr(bench.worker, "_run_padded", None)
+    monkeypatch.setattr(bench.worker, "_upload", None)
     found, wanted = bench.launch(chunks, tables), plain.launch(chunks, tables)
     assert found[0] == wanted[0]
     assert_near(found[1], wanted[1])
@@ -356,7 +356,7 @@ def padding_to(buckets: Sequence[int], llm: LLM) -> PrefillWorker:
         graph_pool=None,
         device=core.device,
     )
-    worker._run_padded = Mock(wraps=worker._run_padded)
+    worker._upload = Mock(wraps=worker._upload)
     return worker
 
 
@@ -379,7 +379,7 @@ def test_an_engine_with_padded_prefill_gives_the_same_tokens(folder, options):
         with small_llm(folder, **options) as llm:
             worker = padding_to(buckets, llm)
             found.append([llm.generate(prompts, params) for _ in range(2)])
-            assert bool(worker._run_padded.call_count) == bool(buckets)
+            assert bool(worker._upload.call_count) == bool(buckets)
             num_preemptions = llm.stats()["num_preemptions"]
             assert (num_preemptions > 0) == (options.get("num_kv_blocks") == 12)
     for plain, padded in zip(*found, strict=True):
@@ -401,7 +401,7 @@ def test_a_replay_gives_the_bits_of_the_same_step_launched_kernel_by_kernel(tmp_
     decoder = Decoder(config, weights, MAX_LEN, kernels)
     graphed, stepped = Bench(decoder, BUCKETS), Bench(decoder, BUCKETS, captured=False)
     graphed.worker.warm_up()
-    assert sorted(graphed.worker.graphs.captured) == list(BUCKETS)
+    assert sorted(graphed.worker.graphs.captured) == [(size, 0) for size in BUCKETS]
     assert graphed.worker.graphs.capture_ms > 0 and not stepped.worker.graphs.captured
     for seed, case in enumerate(CASES):
         chunks = chunks_of(CASES[case])

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from engine.kv_cache import block_bytes
 from engine.request import Request, SamplingParams
-from engine.stats import LATENCIES, PERCENTILES, WINDOW, EngineStats
+from engine.stats import LATENCIES, PERCENTILES, WINDOW, EngineStats, HandoffStats
+from models.config import ModelConfig
 from tests.checkpoints import save_byte_model
 from tests.test_llm import greedy, run_all, small_llm
 
@@ -22,7 +25,8 @@ def ended(reason="length", num_generated=3, arrival=1.0, first=1.5, finished=2.5
 def test_a_new_engine_has_done_nothing():
     stats = EngineStats().as_dict()
     assert stats.pop("finished") == {}
-    assert [stats.pop(name) for name in LATENCIES] == [None] * len(LATENCIES)
+    nothing_yet = (*LATENCIES, "itl_ms", "prefill_utilisation", "decode_utilisation")
+    assert [stats.pop(name) for name in nothing_yet] == [None] * len(nothing_yet)
     assert set(stats.values()) == {0}
 
 
@@ -71,6 +75,77 @@ def test_the_window_is_bounded_and_the_dict_a_copy():
     assert shown["finished"] == {"length": WINDOW + 10}
     shown["finished"]["length"] = 0
     assert stats.finished == {"length": WINDOW + 10}
+
+
+def test_tokens_are_timed_from_one_to_the_next():
+    stats, request = EngineStats(), Request(0, [1], SamplingParams())
+    for now in (2.0, 2.25, 3.0):
+        stats.token_taken(request, now)
+    assert (request.first_token_time, request.last_token_time) == (2.0, 3.0)
+    assert stats.as_dict()["itl_ms"]["p50"] == pytest.approx(500.0)
+
+
+def test_utilisation_counts_while_there_are_requests(monkeypatch):
+    stats, clock = EngineStats(), [10.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for _ in range(2):
+        stats.is_active(clock[0])
+        stats.is_active(clock[0] + 0.5)
+        stats.device_was_busy("prefill", 300.0)
+        stats.device_was_busy("decode", 500.0)
+        clock[0] += 1.0
+        assert stats.as_dict()["prefill_utilisation"] == pytest.approx(0.3)
+        stats.is_idle()
+        stats.is_idle()
+        clock[0] += 5.0
+    shown = stats.as_dict()
+    assert (shown["active_ms"], shown["decode_busy_ms"]) == pytest.approx((2000.0, 1000.0))
+    assert shown["decode_utilisation"] == pytest.approx(0.5)
+
+
+def test_hand_overs_are_counted():
+    stats = HandoffStats()
+    assert stats.as_dict() == {
+        "num_handoffs": 0, "num_bytes": 0, "copy_ms": 0.0, "gb_s": None, "exposed_ms": None,
+    }  # fmt: skip
+    stats.handed_over(3, 4_000_000, 2.0)
+    stats.handed_over(1, 0, 0.0)
+    stats.decode_waited(1.5)
+    shown = stats.as_dict()
+    assert (shown["num_handoffs"], shown["gb_s"]) == (4, 2.0)
+    assert shown["exposed_ms"]["p99"] == 1.5
+
+
+def test_one_device_and_two_show_the_same_keys(tmp_path, capsys):
+    folder, shown = save_byte_model(tmp_path), []
+    for two in (False, True):
+        with small_llm(folder, enable_two_gpu_pd=two) as llm:
+            json.dumps(llm.stats())
+            llm.print_statistics()
+            llm.generate(["a" * 40, "b"], greedy(6, ignore_eos=True))
+            llm.print_statistics()
+            shown.append(llm.stats())
+            json.dumps(shown[-1])
+            told = capsys.readouterr().out
+            assert ("hand-over" in told) == two
+            assert "prefill   41 tokens in 1 launches" in told
+            assert "decode    10 tokens in 5 launches" in told
+    one, two = shown
+    assert one.keys() == two.keys() and one["handoff"] is None
+    for stats in shown:
+        assert 0 < stats["prefill_busy_ms"] + stats["decode_busy_ms"] <= stats["active_ms"]
+        assert stats["itl_ms"]["p50"] > 0
+    assert (two["num_kv_blocks"], two["num_prefill_kv_blocks"]) == (64, 32)
+    handoff = two["handoff"]
+    assert (handoff["num_handoffs"], handoff["mode"], handoff["way"]) == (2, "auto", "kernel")
+    assert handoff["num_bytes"] == 4 * fp32_block_bytes(folder) and handoff["gb_s"] > 0
+    assert (handoff["num_in_flight"], handoff["backlog"], handoff["credits"]) == (0, 0, 64)
+
+
+def fp32_block_bytes(folder) -> int:
+    """Of a block of 16 tokens in fp32."""
+    config = ModelConfig.from_folder(folder)
+    return block_bytes(config, 16, torch.float32)
 
 
 def test_stats_of_an_llm(tmp_path):

@@ -1,0 +1,138 @@
+"""What a core on one device and one on two have in common: tokens, ends and failures."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from engine.base_scheduler import BaseScheduler, PrefillChunk
+from engine.batch import Launched
+from engine.block_manager import BlockManager
+from engine.decode import DecodeWorker
+from engine.prefill import PrefillWorker
+from engine.request import FinishReason, Request
+from engine.stats import EngineStats
+from models.config import ModelConfig
+
+# told of each new token; returns why the request ends, where its text says so
+OnToken = Callable[[Request, int], FinishReason | None]
+
+
+class BaseCore(ABC):
+    """Requests in, token ids out. Knows no text."""
+
+    scheduler: BaseScheduler
+
+    def __init__(self, model_config: ModelConfig) -> None:
+        self.model_config = model_config
+        self.stats = EngineStats()
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is unfinished; results that nobody waits for may still be on their way."""
+        return self.scheduler.is_idle
+
+    @abstractmethod
+    def step(self, on_token: OnToken) -> list[Request]:
+        """Launch what can be launched, and take what is there; returns the requests that ended.
+
+        An exception in a launch puts its requests back into the queue, blocks returned, and is
+        raised again.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Wait for what is in flight and drop it: nobody asks for it any more."""
+
+    @abstractmethod
+    def assert_idle(self) -> None:
+        """Assert that every KV block is back and that its manager says so; for tests, as it looks
+        at each."""
+
+    @property
+    @abstractmethod
+    def pools(self) -> tuple[BlockManager, BlockManager]:
+        """Of the KV blocks that prompts are computed in, and of those that decode reads."""
+
+    def statistics(self) -> dict[str, object]:
+        """What `LLM.stats` shows."""
+        depths = {
+            "num_waiting": self.scheduler.num_waiting,
+            "num_running": self.scheduler.num_running,
+            "handoff": self._handoff_statistics(),
+        }
+        for name, pool in zip(("prefill_kv_blocks", "kv_blocks"), self.pools, strict=True):
+            depths[f"num_{name}"] = pool.num_blocks
+            depths[f"num_free_{name}"] = pool.num_free_blocks
+        return self.stats.as_dict() | depths
+
+    def _handoff_statistics(self) -> dict[str, object] | None:
+        """Of what goes from device to device; None where there is only one."""
+        return None
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request in whatever state it is."""
+        self.scheduler.finish(request, reason)
+        request.finished_time = time.perf_counter()
+        self.stats.request_finished(request)
+
+    def _warm_up(self, worker: PrefillWorker | DecodeWorker) -> None:
+        """Capture its graphs, before the first request waits for them."""
+        if not worker.graphs.is_capturing:
+            return
+        worker.warm_up()
+        self.stats.graphs_captured(len(worker.graphs.captured), worker.graphs.capture_ms)
+
+    def _prefill_scheduled(self, chunks: Sequence[PrefillChunk]) -> None:
+        now = time.perf_counter()
+        self.stats.is_active(now)
+        for chunk in chunks:
+            if chunk.request.first_scheduled_time is None:
+                chunk.request.first_scheduled_time = now
+
+    def _prefill_launched(self, chunks: Sequence[PrefillChunk]) -> None:
+        self.scheduler.launched(chunks)
+        self.stats.prefill_launched(sum(chunk.num_tokens for chunk in chunks))
+
+    def _take(self, launched: Launched, on_token: OnToken, ended: list[Request]) -> None:
+        """Wait for the tokens of one launch and hand them on. Where that fails, the request at
+        fault ends with "error" and those behind it draw their tokens again."""
+        token_ids = launched.wait()
+        now = time.perf_counter()
+        self.stats.device_was_busy(launched.phase, launched.span.ms)
+        for row, ((request, epoch), token_id) in enumerate(
+            zip(launched.requests, token_ids, strict=True)
+        ):
+            if not self.scheduler.record_token(request, token_id, epoch):
+                continue
+            self.stats.token_taken(request, now)
+            if request.params.logprobs is not None:
+                request.logprobs.append(launched.logprobs_of(row, token_id))
+            try:
+                reason = on_token(request, token_id)
+            except BaseException:
+                self.finish(request, "error")
+                self._requeue_fresh(launched, row + 1)
+                raise
+            reason = reason or request.end_reason(self.model_config.eos_token_ids)
+            if reason is not None:
+                self.finish(request, reason)
+                ended.append(request)
+
+    def _requeue_fresh(self, launched: Launched, first_row: int) -> None:
+        """Have the requests from this row on drawn again whose tokens nobody has taken."""
+        rows = launched.requests[first_row:]
+        self._requeue([request for request, epoch in rows if request.epoch == epoch])
+
+    @contextmanager
+    def _requeued_on_error(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Put the requests of a failed launch back in front of the queue, in their order."""
+        try:
+            yield
+        except BaseException:
+            self._requeue(requests)
+            raise
+
+    def _requeue(self, requests: Sequence[Request]) -> None:
+        for request in reversed(list(dict.fromkeys(requests))):
+            self.scheduler.preempt(request)

@@ -1,0 +1,92 @@
+"""What a core is built from: kernels, a decoder and KV blocks, as an EngineConfig asks for them."""
+
+import math
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from engine.config import EngineConfig
+from engine.graphs import GraphPool
+from engine.kv_cache import KVCache, num_blocks_that_fit
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.weights import dummy_weights, load_weights
+
+
+def ops_of(kernels: str) -> ModuleType:
+    """The namespace that the decoder runs on; Triton is imported only where it is used."""
+    if kernels == "triton":
+        import kernels as triton_kernels
+
+        return triton_kernels
+    from kernels import reference
+
+    return reference
+
+
+def longest_request(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Tokens of the longest request; ValueError where model or cache cannot hold what is asked."""
+    if config.num_kv_blocks is not None and config.num_kv_blocks * config.block_size < 2:
+        raise ValueError(f"num_kv_blocks must hold 2 tokens or more, got {config.num_kv_blocks}")
+    longest = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len must be at most the model's {longest}, got {config.max_model_len}"
+        )
+    return config.max_model_len or longest
+
+
+def make_decoder(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    model_len: int,
+) -> Decoder:
+    """Load the weights, or make dummy ones. model_len: tokens of the longest request."""
+    dtype = getattr(torch, config.resolve_dtype(model_config.dtype, str(device)))
+    options = {"device": device, "dtype": dtype}
+    if config.load_format == "dummy":
+        weights = dummy_weights(model_config, **options, seed=config.seed)
+    else:
+        weights = load_weights(model_config, folder, **options, progress=True)
+    ops = ops_of(config.resolve_kernels(str(device)))
+    return Decoder(model_config, weights, model_len, ops)
+
+
+def num_kv_blocks(config: EngineConfig, decoder: Decoder) -> int:
+    """As many as are asked for, or as fit on the decoder's device beside what is there.
+
+    Raises ValueError where not even one fits.
+    """
+    embedding = decoder.weights.embedding
+    return config.num_kv_blocks or num_blocks_that_fit(
+        decoder.config,
+        config.block_size,
+        device=embedding.device,
+        dtype=embedding.dtype,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+
+
+def num_prefill_blocks(config: EngineConfig, decoder: Decoder, num_needed: int) -> int:
+    """The share of them that prefill_kv_fraction says, or num_needed where that is more; never
+    more than fit."""
+    num_blocks = num_kv_blocks(config, decoder)
+    num_wanted = max(num_needed, math.ceil(num_blocks * config.prefill_kv_fraction))
+    return num_wanted if config.num_kv_blocks else min(num_wanted, num_blocks)
+
+
+def make_cache(config: EngineConfig, decoder: Decoder, num_blocks: int) -> KVCache:
+    """KV blocks of the decoder's dtype, on its device."""
+    embedding = decoder.weights.embedding
+    options = {"device": embedding.device, "dtype": embedding.dtype}
+    return KVCache(decoder.config, num_blocks, config.block_size, **options)
+
+
+def graph_pool(config: EngineConfig, device: torch.device) -> GraphPool | None:
+    """Where the graphs of one stream allocate; None where steps are not captured."""
+    # the references look at values on the host, which a capture does not allow
+    has_graphs = device.type == "cuda" and config.resolve_kernels(str(device)) == "triton"
+    return torch.cuda.graph_pool_handle() if has_graphs and not config.enforce_eager else None

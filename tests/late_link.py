@@ -1,0 +1,95 @@
+"""Copies that end late and out of order in a running engine, and NaN in every block nobody owns.
+
+On the CPU a copy is over when it is started. Here it moves nothing before it is allowed to end, and
+its target is NaN until then; so is each block that is given back, and each that is granted. What is
+read too early, or freed too early, is therefore not a number, and no token comes out of it.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from types import MethodType
+
+from engine.block_manager import BlockManager
+from engine.handoff import KVLink
+from engine.kv_cache import KVCache
+from engine.pd_core import PDCore
+
+NAN = float("nan")
+
+
+class LateCopy:
+    """What `KVLink.open` gives, as far as the engine uses it."""
+
+    def __init__(self, link: "LateLink", source: Sequence[int], target: Sequence[int]) -> None:
+        self.link, self.source, self.target = link, list(source), list(target)
+        self.layers: list[slice] = []  # sent and not moved yet
+        self.num_bytes, self.ms = 0, 1.0
+        link.target.blocks[self.target] = NAN
+
+    def send(self, layers: range | None = None, after: Sequence[object] = ()) -> None:
+        if self.source:
+            self.link.on_send()
+            self.layers.append(slice(layers.start, layers.stop) if layers else slice(None))
+
+    @property
+    def is_done(self) -> bool:
+        if self.layers and self.link.may_end():
+            self.wait()
+        return not self.layers
+
+    def wait(self) -> None:
+        for layers in self.layers:
+            moved = self.link.source.blocks[self.source, layers]
+            self.link.target.blocks[self.target, layers] = moved
+        self.layers.clear()
+
+
+class LateLink:
+    """A KVLink whose copies end when `may_end` says so, asked at each look at one of them."""
+
+    way = "late"
+
+    def __init__(self, link: KVLink, may_end: Callable[[], bool]) -> None:
+        self.source, self.target, self.may_end = link.source, link.target, may_end
+        self.num_copies = 0
+        self.on_send: Callable[[], None] = lambda: None
+
+    def open(self, source: Sequence[int], target: Sequence[int]) -> LateCopy:
+        assert len(source) == len(target)
+        self.num_copies += bool(source)
+        return LateCopy(self, source, target)
+
+
+def put_late_links(core: PDCore, may_end: Callable[[], bool]) -> tuple[LateLink, LateLink]:
+    """In place of the links of an engine that has done nothing yet; poisons its pools too."""
+    queue = core.handoffs
+    queue._slabs, queue._pushes = (LateLink(x, may_end) for x in (queue._slabs, queue._pushes))
+    poison(core)
+    return queue._slabs, queue._pushes
+
+
+def at_random(seed: int, probability: float = 0.3) -> Callable[[], bool]:
+    rng = random.Random(seed)
+    return lambda: rng.random() < probability
+
+
+def poison(core: PDCore) -> None:
+    """NaN in what nobody owns, from now on."""
+    sides = (core.leases.prefill, core.prefill.kv_cache), (core.leases.decode, core.decode.kv_cache)
+    for manager, kv_cache in sides:
+        kv_cache.blocks.fill_(NAN)
+        _poison_returned(manager, kv_cache)
+
+
+def _poison_returned(manager: BlockManager, kv_cache: KVCache) -> None:
+    def grant(self: BlockManager) -> int:
+        block = BlockManager._grant(self)
+        kv_cache.blocks[block] = NAN
+        return block
+
+    def free(self: BlockManager, block: int) -> None:
+        BlockManager._free(self, block)
+        if block not in self._cached:  # what it holds can still be found otherwise
+            kv_cache.blocks[block] = NAN
+
+    manager._grant, manager._free = MethodType(grant, manager), MethodType(free, manager)
