@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import hopper
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.prefill_load import CONSUMERS, PIECE_D, ROWS
+from kernels.prefill_load import CONSUMERS, ROWS
 from kernels.prefill_pipeline import _prefill_pipeline_kernel
 from kernels.tile import (
     Tile,
@@ -171,20 +171,11 @@ def choose_pipeline_tile(head_dim: int) -> Tile:
 
 
 def takes(q: Tensor, kv_cache: Tensor) -> bool:
-    """Whether `prefill_pipeline` can: Hopper, a 16-bit dtype, heads of 64 or 128 one after the
-    other, blocks and keys a whole number of slots apart."""
-    if q.dtype not in hopper.GL_DTYPES or not hopper.has_wgmma(q.device):
-        return False
-    block, pair, slot, head, _ = kv_cache.stride()
-    _, _, block_size, _, head_dim = kv_cache.shape
-    return (
-        head_dim in (64, 128)
-        and block_size in (8, 16, 32, 64)
-        and head == q.stride(1) == head_dim
-        and block % slot == pair % slot == 0
-        and slot * 2 % hopper.ALIGNMENT == kv_cache.data_ptr() % hopper.ALIGNMENT == 0
-        and hopper.is_aligned(q)
-    )
+    """Whether `prefill_pipeline` can: Hopper, a 16-bit dtype, heads of q one after the other, a
+    pool that is a matrix to the copy engine."""
+    is_known = q.dtype in hopper.GL_DTYPES and hopper.has_wgmma(q.device)
+    is_matrix = q.stride(1) == q.shape[2] and hopper.is_aligned(q)
+    return is_known and is_matrix and hopper.is_pool_matrix(kv_cache)
 
 
 def has_form(tile: Tile) -> bool:
@@ -273,19 +264,15 @@ def _launch_pipeline(
 ) -> None:
     """Launch over arguments that the caller has checked and that the pipeline `takes`."""
     num_tokens, num_heads, head_dim = q.shape
-    num_blocks, _, block_size, num_kv_heads, _ = kv_cache.shape
     num_requests = len(context_lens)
-    block, pair, slot = kv_cache.stride()[:3]
-    # one layer of the pool as a matrix, a row for each slot; between two blocks lie other layers'
-    num_rows = ((num_blocks - 1) * block + pair) // slot + block_size
-    pool_shape = (num_rows, num_kv_heads * head_dim)
+    pool = hopper.describe_pool(kv_cache)
     sms = device_sms(q.device) if num_sms is None else num_sms
     most_tiles = num_tokens // PIPELINE_ROWS + num_requests
     _prefill_pipeline_kernel[(min(sms, most_tiles * num_heads),)](
         hopper.describe(
             q, ROWS.value, head_dim, shape=(num_tokens, num_heads * head_dim), stride=q.stride(0)
         ),
-        hopper.describe(kv_cache, block_size, PIECE_D.value, shape=pool_shape, stride=slot),
+        pool.desc,
         block_table,
         cu_seqlens,
         context_lens,
@@ -294,12 +281,12 @@ def _launch_pipeline(
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
-        block // slot,
-        pair // slot,
-        num_rows,
+        pool.rows_per_block,
+        pool.rows_to_v,
+        pool.num_rows,
         num_requests,
         num_heads,
-        num_heads // num_kv_heads,
+        num_heads // kv_cache.shape[3],
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages,
