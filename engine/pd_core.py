@@ -161,7 +161,7 @@ class PDCore(BaseCore):
         is_busy = self._launch_decode()
         is_busy |= self._launch_prefill()
         is_busy |= self._hand_over()
-        while not self._collect(on_token, ended) and not is_busy and self._num_in_flight:
+        while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
             time.sleep(POLL_S)
         if self.is_idle:
             self.drain()
@@ -199,8 +199,10 @@ class PDCore(BaseCore):
         }
 
     @property
-    def _num_in_flight(self) -> int:
-        return len(self._prefills) + len(self._decodes) + len(self.handoffs)
+    def _is_waiting(self) -> bool:
+        """Something is in flight that a request needs."""
+        num_in_flight = len(self._prefills) + len(self._decodes) + len(self.handoffs)
+        return num_in_flight > 0 and not self.is_idle
 
     def _launch_decode(self) -> bool:
         """One step ahead of the results: the next one feeds on tokens that are on the device."""
