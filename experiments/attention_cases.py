@@ -14,6 +14,7 @@ from experiments.kernel_case import BOUND, Case, Draw, Problem, row_error
 from kernels import reference
 from kernels.tile import cdiv
 
+DECODE_SMS = (48, 56, 64, 72, 96)
 REFERENCE_QUERIES = 1024  # of a request at a time: the reference holds all scores in fp32
 
 
@@ -148,7 +149,6 @@ class PrefillAttention(AttentionCase):
         scale = self.head_dim**-0.5
 
         def ours(i: int, num_sms: int | None) -> None:
-            options = {} if num_sms is None else {"num_sms": num_sms}
             kernels.prefill_attention(
                 q[i],
                 pool[:, i],
@@ -158,7 +158,6 @@ class PrefillAttention(AttentionCase):
                 longest,
                 scale,
                 out=out[i],
-                **options,
             )
 
         return Problem(
@@ -201,9 +200,9 @@ def attention_cases() -> list[Case]:
     cases: list[Case] = [
         DecodeAttention(context_lens=(4096,), num_heads=32),
         DecodeAttention(context_lens=(2048,) * 8, num_heads=32, quick=True),
-        DecodeAttention(context_lens=(1024,) * 32, num_heads=32, sweep=True),
-        DecodeAttention(context_lens=(4096,) * 64, num_heads=16, sweep=True, quick=True),
-        DecodeAttention(context_lens=(1024,) * 256, num_heads=16, sweep=True),
+        DecodeAttention(context_lens=(1024,) * 32, num_heads=32, sweep=DECODE_SMS),
+        DecodeAttention(context_lens=(4096,) * 64, num_heads=16, sweep=DECODE_SMS, quick=True),
+        DecodeAttention(context_lens=(1024,) * 256, num_heads=16, sweep=DECODE_SMS),
         DecodeAttention(context_lens=(32768, *(256,) * 63), num_heads=16, quick=True),
         DecodeAttention(context_lens=((32768 + 63 * 256) // 64,) * 64, num_heads=16, quick=True),
         DecodeAttention(context_lens=uniform, num_heads=16, spread="uniform(1,8192)"),

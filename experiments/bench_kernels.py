@@ -6,14 +6,16 @@ The ceilings are measured first, in the same run: a read-only stream, a copy, a 
 copy to a peer GPU where there is one. Every launch is checked against kernels/reference.py before
 it is timed. A row for each reading goes to experiments/results/kernels.csv.
 
-num_sms sizes the grids of the launchers that take it; it confines nothing by itself: sms_granted
-says on how many SMs a launch could run.
+What is swept over SMs is measured twice: "grid", where num_sms sizes the launcher's grid and the
+hardware still chooses among all SMs, and "green", on a green context of that many, where peers may
+stand beside it. sms_granted says on how many SMs a launch could run.
 """
 
 import argparse
 import gc
-import inspect
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 
-import kernels
 from experiments.attention_cases import attention_cases
 from experiments.ceilings import measure_ceilings
 from experiments.copy_cases import copy_cases
@@ -29,14 +30,14 @@ from experiments.dense_cases import dense_cases
 from experiments.harness import RESULTS, append_row, environment, table
 from experiments.kernel_case import Case, Mismatch
 from experiments.memory_cases import memory_cases
+from experiments.places import Place, Places
 from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, best_peers
 from experiments.timing import Effort, time_calls
 from kernels.tile import device_sms
 
-NUM_SMS = (48, 56, 64, 72, 96, 132)
-QUICK_SMS = (56,)
+QUICK_SMS = (56, 64)
 QUICK_EFFORT = Effort(graph_ms=2.0, reading_ms=20.0, min_replays=5)
-TABLE = ("kernel", "shape", "num_sms", "us", "rate", "% of ceiling", "x best peer", "best peer")
+TABLE = ("kernel", "shape", "SMs", "us", "rate", "% of ceiling", "x best peer", "best peer")
 
 
 def all_cases() -> list[Case]:
@@ -49,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     effort = QUICK_EFFORT if args.quick else Effort()
-    default_sms = QUICK_SMS if args.quick else NUM_SMS
-    nums_sms = tuple(default_sms if args.num_sms is None else args.num_sms)
     cases = [
-        replace(case, dtype=dtype)
+        replace(case, dtype=dtype, sweep=_sweep(case, args))
         for case in all_cases()
         if (case.quick or not args.quick) and case.kernel in (args.only or BANDWIDTH)
     ]
@@ -60,17 +59,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     stamp, readings = environment(device), []
-    for reading in _measure_all(cases, device, dtype, nums_sms, effort):
+    seconds: Counter[str] = Counter()  # what makes a run long
+    start = time.perf_counter()
+    for reading in _measure_all(cases, device, dtype, effort):
         stamped = replace(reading, **stamp)
         append_row(args.out, asdict(stamped))
         readings.append(stamped)
+        now = time.perf_counter()
+        seconds[f"{reading.kernel} {reading.impl}"] += now - start
+        start = now
     print(table(table_rows(readings), list(TABLE)))
+    longest = ", ".join(f"{name} {s:.0f}" for name, s in seconds.most_common(12))
+    print(f"{seconds.total():.0f} seconds, compilation and checks included; {longest}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--only", nargs="+", choices=BANDWIDTH, metavar="KERNEL", help=str([*BANDWIDTH]))
-    p.add_argument("--num-sms", nargs="*", type=int, help=f"beside the whole GPU; {NUM_SMS}")
+    p.add_argument("--num-sms", nargs="*", type=int, help="in place of each kernel's own")
     p.add_argument("--quick", action="store_true", help="fewer shapes and repeats: a minute")
     p.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
     p.add_argument("--device", default="cuda:0")
@@ -87,64 +93,71 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _sweep(case: Case, args: argparse.Namespace) -> tuple[int, ...]:
+    """The SMs that a case is measured on besides the whole GPU."""
+    if case.sweep and args.num_sms is not None:
+        return tuple(args.num_sms)
+    return tuple(n for n in case.sweep if n in QUICK_SMS or not args.quick)
+
+
 def _measure_all(
-    cases: Sequence[Case],
-    device: torch.device,
-    dtype: torch.dtype,
-    nums_sms: tuple[int, ...],
-    effort: Effort,
+    cases: Sequence[Case], device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> Iterator[Reading]:
+    nums_sms = sorted({n for case in cases for n in case.sweep})
     for reading in measure_ceilings(device, dtype, nums_sms, effort):
         _say(reading)
         yield reading
-    for case in cases:
-        if not case.is_possible(device):
-            print(f"skipped {case.kernel}: {case.shape}: not on this machine")
-            continue
-        for reading in measure(case, device, nums_sms, effort):
-            _say(reading)
-            yield reading
-        gc.collect()  # the buffers of a case lie in closures that know each other
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    with Places(device) as places:
+        for case in cases:
+            if not case.is_possible(device):
+                print(f"skipped {case.kernel}: {case.shape}: not on this machine")
+                continue
+            there = places.of([n for n in case.sweep if n <= device_sms(device)])
+            for reading in measure(case, device, there, effort):
+                _say(reading)
+                yield reading
+            gc.collect()  # the buffers of a case lie in closures that know each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def measure(
-    case: Case, device: torch.device, nums_sms: tuple[int, ...], effort: Effort
+    case: Case, device: torch.device, places: Sequence[Place], effort: Effort
 ) -> Iterator[Reading]:
-    """Check and time ours and every peer that takes the shape, on buffers made here."""
+    """Check and time ours and every peer that takes the shape, on buffers made here.
+
+    Ours runs on the whole GPU and at every place; the peers on the whole GPU, and on the green
+    contexts where the case has them there.
+    """
     problem = case.build(device, case.copies)
-    wanted = [n for n in nums_sms if n <= device_sms(device)]
-    for impl in problem.impls(tuple(wanted) if case.sweep and takes_num_sms(case.kernel) else ()):
+    peer_places = [place for place in places if place.partitioning == "green" and case.sweeps_peers]
+    for impl in problem.impls(places, peer_places):
+        place = impl.place
+        how = {"captured": impl.captured, "stream": place.stream}
         try:
             problem.check(impl)
-            times = time_calls(impl.run, case.copies, device, effort, captured=impl.captured)
+            times = time_calls(impl.run, case.copies, device, effort, **how)
         except Mismatch as error:
             raise Mismatch(f"{case.kernel} {case.shape}: {error}") from error
         except Exception as error:
             if impl.name == "ours":
                 raise
-            print(f"skipped {impl.name}: {case.shape}: {_first_line(error)}")
+            print(f"skipped {impl.name}{place.text}: {case.shape}: {_first_line(error)}")
             continue
         yield Reading(
             kernel=case.kernel,
             impl=impl.name,
             shape=case.shape,
             dtype=str(case.dtype).removeprefix("torch."),
-            sms_asked=impl.num_sms,
-            sms_granted=device_sms(device),
+            partitioning=place.partitioning,
+            sms_asked=place.sms_asked,
+            sms_granted=place.num_sms if place.stream is not None else device_sms(device),
             ms_p20=times.p20,
             ms_p50=times.p50,
             ms_p80=times.p80,
             bytes=case.bytes,
             flops=case.flops,
         )
-
-
-def takes_num_sms(kernel: str) -> bool:
-    """Whether the launcher of that name sizes its grid for a partition."""
-    launcher = getattr(kernels, kernel, None)
-    return launcher is not None and "num_sms" in inspect.signature(launcher).parameters
 
 
 def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
@@ -157,7 +170,7 @@ def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
         row = {
             "kernel": r.impl if r.kernel == CEILING else r.kernel,
             "shape": r.shape,
-            "num_sms": "" if r.sms_asked is None else r.sms_asked,
+            "SMs": "" if r.sms_asked is None else f"{r.sms_asked} {r.partitioning}",
             "us": f"{r.ms_p50 * 1e3:.1f}",
             "rate": f"{r.gb_s:.0f} GB/s",
             "% of ceiling": "",
@@ -169,8 +182,8 @@ def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
         else:
             is_matmul = ceilings.is_compute_bound(r)
             row["% of ceiling"] = f"{ceilings.percent(r):.1f}"
-            peer = peers.get((r.kernel, r.shape, r.dtype))
-            if peer is not None and r.sms_asked is None:
+            peer = peers.get(r.where)
+            if peer is not None:
                 row["x best peer"] = f"{peer.ms_p50 / r.ms_p50:.2f}"
                 row["best peer"] = peer.impl
         if is_matmul:
@@ -180,7 +193,7 @@ def table_rows(readings: Sequence[Reading]) -> list[dict[str, Any]]:
 
 
 def _say(r: Reading) -> None:
-    sms = "" if r.sms_asked is None else f" on {r.sms_asked} SMs"
+    sms = "" if r.sms_asked is None else f" on {r.sms_asked} SMs ({r.partitioning})"
     rate = f"{r.gb_s:.0f} GB/s" + f", {r.tflop_s:.0f} TFLOP/s" * bool(r.flops)
     print(f"{r.kernel}: {r.impl}{sms}: {r.shape}: {r.ms_p50 * 1e3:.1f} us, {rate}", flush=True)
 

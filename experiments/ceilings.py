@@ -141,6 +141,7 @@ def _reading(
         impl=impl,
         shape=size if shape is None else shape,
         dtype=str(x.dtype).removeprefix("torch."),
+        partitioning="none" if sms is None else "grid",
         sms_asked=sms,
         # one program an SM, so this stream alone keeps to the SMs it asked for
         sms_granted=device_sms(x.device) if sms is None else sms,

@@ -12,7 +12,8 @@ from experiments.shapes import SHAPES
 from kernels import reference
 
 EPS = 1e-6
-MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MLP_SMS = (64, 96)  # as an FFN stage has them, beside attention on the others
 LINEAR_TOKENS = (1, 64, 256, 2048)
 HEAD_TOKENS = (1, 64, 256)
 MODELS = ("Qwen3-0.6B", "Qwen3-8B")
@@ -23,6 +24,7 @@ class Mlp(Case):
     """RMSNorm + gate/up + SiLU * up, then down + residual."""
 
     kernel: ClassVar[str] = "mlp"
+    sweeps_peers: ClassVar[bool] = True
 
     model: str  # whose sizes these are
     num_tokens: int
@@ -57,6 +59,7 @@ class Mlp(Case):
                 x[i], gate_up[i], down[i], EPS, rstd=rstd, act=act, out=out, num_sms=num_sms
             )
 
+        chains = peers.mlp_chains(x, gate_up, down, EPS)
         return Problem(
             ours=ours,
             expected=lambda: (reference.mlp(x[0], gate_up[0], down[0], EPS),),
@@ -64,7 +67,8 @@ class Mlp(Case):
             outputs=(out, act, rstd),
             error=row_error,
             bound=BOUND[self.dtype],
-            peers=peers.mlp_chains(x, gate_up, down, EPS),
+            peers=chains,
+            told_peers=lambda num_sms: [peers.told(chains[0], num_sms, device)],
         )
 
 
@@ -132,7 +136,7 @@ def dense_cases() -> list[Case]:
                 num_tokens=M,
                 hidden=hidden,
                 intermediate=c["intermediate_size"],
-                sweep=64 <= M <= 1024,
+                sweep=MLP_SMS if 128 <= M <= 1024 else (),
                 quick=is_large and M in (1, 64, 512),
             )
             for M in MLP_TOKENS

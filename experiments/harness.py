@@ -66,6 +66,17 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         writer.writerow(row)
 
 
+def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    """Every row under the header. ValueError where there is no file, or one of other columns."""
+    if not path.exists():
+        raise ValueError(f"{path} must be a file of results, got none")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != columns:
+            raise ValueError(f"{path} must have the columns {columns}, got {reader.fieldnames}")
+        return list(reader)
+
+
 def table(rows: list[Mapping[str, Any]], columns: list[str]) -> str:
     """The rows as aligned text, for the end of a run."""
     cells = [columns, *([_text(row[column]) for column in columns] for row in rows)]

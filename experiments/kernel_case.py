@@ -1,13 +1,15 @@
 """What one line of the benchmark is: a launcher on a shape, its peers, and the proof of both."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from experiments.places import WHOLE_GPU, Place
 from experiments.timing import Run, copies_for
 
 # Worst row's |out - reference| / |reference|. A value rounded to bf16 is off by 2**-9 at most, by
@@ -25,7 +27,7 @@ class Impl:
 
     name: str
     run: Run
-    num_sms: int | None = None
+    place: Place = WHOLE_GPU
     captured: bool = True  # False: a CUDA graph cannot hold it
 
 
@@ -37,25 +39,39 @@ class Problem:
     expected: Callable[[], tuple[Tensor, ...]]  # what copy 0 is to become, by the reference
     results: Callable[[], tuple[Tensor, ...]]  # what copy 0 has become
     outputs: tuple[Tensor, ...]  # of copy 0, written in full: NaN stands there before a check
+    restore: Callable[[], object] = lambda: None  # gives copy 0 its inputs back, if one is changed
     error: Callable[[Tensor, Tensor], float]
     bound: float
     peers: list[Impl] = field(default_factory=list)
+    # (num_sms): further peers on a green context, which can be told of its SMs
+    told_peers: Callable[[int], list[Impl]] = lambda num_sms: []
 
-    def impls(self, nums_sms: tuple[int, ...]) -> list[Impl]:
-        """Ours on the whole GPU and on each number of SMs, then the peers."""
+    def impls(self, places: Sequence[Place], peer_places: Sequence[Place] = ()) -> list[Impl]:
+        """Ours and the peers on the whole GPU, then ours and the peers at the places of each."""
         ours = [
-            Impl(name="ours", run=lambda i, n=n: self.ours(i, n), num_sms=n)
-            for n in (None, *nums_sms)
+            Impl(name="ours", run=lambda i, n=place.num_sms: self.ours(i, n), place=place)
+            for place in (WHOLE_GPU, *places)
         ]
-        return ours + self.peers
+        on_places = [
+            replace(peer, place=place)
+            for place in peer_places
+            for peer in [*self.peers, *self.told_peers(place.num_sms)]
+        ]
+        return ours + self.peers + on_places
+
+    @cached_property
+    def _expected(self) -> tuple[Tensor, ...]:
+        return self.expected()
 
     def check(self, impl: Impl) -> None:
         """Run copy 0 and hold it against the reference. Mismatch where it is off."""
-        expected = self.expected()
+        self.restore()
+        expected = self._expected
         for out in self.outputs:
             out.fill_(float("nan") if out.is_floating_point() else -1)
         _synchronize(self.outputs)  # those on a peer are filled on a stream of its own
-        returned = impl.run(0)
+        with impl.place.current():
+            returned = impl.run(0)
         _synchronize(expected)
         if returned is None:
             returned = self.results()
@@ -63,10 +79,9 @@ class Problem:
         for want, got in zip(expected, results, strict=True):
             error = self.error(got.reshape(want.shape).to(want.device), want)
             if not error <= self.bound:  # NaN is bad
-                sms = "" if impl.num_sms is None else f" on {impl.num_sms} SMs"
+                who = impl.name + impl.place.text
                 raise Mismatch(
-                    f"{impl.name}{sms} must be within {self.bound:.2g} of the reference, got "
-                    f"{error:.3g}"
+                    f"{who} must be within {self.bound:.2g} of the reference, got {error:.3g}"
                 )
 
 
@@ -76,9 +91,10 @@ class Case(ABC):
 
     dtype: torch.dtype = torch.bfloat16
     quick: bool = False  # measured by --quick too
-    sweep: bool = False  # measured at every num_sms
+    sweep: tuple[int, ...] = ()  # SMs of the partitions that it is measured on besides
 
     kernel: ClassVar[str]  # name of the launcher in `kernels`
+    sweeps_peers: ClassVar[bool] = False  # they too are measured on green contexts
 
     @property
     @abstractmethod

@@ -69,12 +69,13 @@ class AddRmsNorm(RmsNorm):
             [draw.randn(self.num_tokens, self.hidden) for _ in range(copies)] for _ in range(2)
         )
         out, weight = [torch.empty_like(rows) for rows in x], draw.randn(self.hidden)
+        start = residual[0].clone()
 
         def ours(i: int, num_sms: int | None) -> None:
             kernels.add_rms_norm(x[i], residual[i], weight, EPS, out=out[i])
 
         def expected() -> tuple[Tensor, Tensor]:
-            summed = residual[0].clone()  # ours adds in place, and so does the reference
+            summed = start.clone()  # ours adds in place, and so does the reference
             return reference.add_rms_norm(x[0], summed, weight, EPS), summed
 
         return Problem(
@@ -82,6 +83,7 @@ class AddRmsNorm(RmsNorm):
             expected=expected,
             results=lambda: (out[0], residual[0]),
             outputs=(out[0],),
+            restore=lambda: residual[0].copy_(start),
             error=row_error,
             bound=BOUND[self.dtype],
             peers=peers.add_rms_norm_peers(x, residual, weight, EPS),
@@ -207,7 +209,7 @@ class Sampling(Case):
 def memory_cases() -> list[Case]:
     """Decode batches, a prefill chunk, and a vocabulary."""
     cases: list[Case] = []
-    for T in (1, 64, 256, 8192):
+    for T in (1, 256, 8192):
         for norm in (RmsNorm, AddRmsNorm):
             cases += [
                 norm(num_tokens=T, hidden=N, quick=(T, N) == (8192, 4096)) for N in (1024, 4096)

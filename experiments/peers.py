@@ -1,6 +1,9 @@
 """What our kernels are held against where it is installed; what is not is skipped by name."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -12,6 +15,7 @@ from torch import Tensor
 import kernels
 from experiments.kernel_case import Impl
 from experiments.timing import Run
+from kernels.tile import device_sms
 
 SILU_BLOCK = 1024
 
@@ -77,6 +81,29 @@ def mlp_chains(
         Impl(name="cublas chain", run=chain),
         Impl(name="cublas chain, addmm", run=chain_addmm),
     ]
+
+
+def told(impl: Impl, num_sms: int, device: torch.device) -> Impl:
+    """A chain whose cuBLAS chooses its tiles for so many SMs, where it would for the whole GPU."""
+
+    def run(i: int) -> object:
+        with cublas_for(num_sms, device):
+            return impl.run(i)
+
+    return replace(impl, name=f"{impl.name}, told its SMs", run=run)
+
+
+@contextmanager
+def cublas_for(num_sms: int, device: torch.device) -> Iterator[None]:
+    """torch hands a number of SMs to cuBLASLt alone. RuntimeError where it has none."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        torch._C._set_sm_carveout_experimental(device_sms(device) - num_sms)
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def linear_chains(

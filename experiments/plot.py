@@ -1,4 +1,4 @@
-"""Figures of kernels.csv: roofline, speed against SMs, percent of the ceiling beside the peers.
+"""Figures of kernels.csv: roofline, speed against SMs and on partitions, percent of the ceiling.
 
     python -m experiments.plot [--csv experiments/results/kernels.csv] [--out experiments/results]
 
@@ -16,8 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness import RESULTS
-from experiments.readings import BANDWIDTH, Ceilings, read_csv
-from experiments.sheet import Sheet, percent_bars, roofline_points, sm_curves
+from experiments.readings import BANDWIDTH, CEILING, Ceilings, read_csv
+from experiments.sheet import (
+    Curve,
+    Sheet,
+    partition_ratios,
+    percent_bars,
+    roofline_points,
+    sm_curves,
+)
 
 COLORS = ("#0b6e4f", "#d1495b", "#edae49", "#30638e", "#7b5ea7", "#8d99ae", "#c06e52", "#3d3d3d")
 MARKERS = "osD^vP*X"
@@ -72,21 +79,52 @@ def _draw_roof(ax: Axes, name: str, roof: Ceilings, low: float, high: float, das
 def draw_sms(sheet: Sheet) -> Figure | None:
     """A kernel that a partition does not slow stays at 100."""
     curves = sm_curves(sheet)
-    if not curves:
+    streams, kernels = curves.pop(CEILING, []), list(curves)
+    if not kernels:
         return None
-    fig = Figure(figsize=(11, 6 + 0.1 * len(curves)), layout="constrained")
-    ax = fig.subplots()
-    whole = sheet.num_sms
-    ax.plot([0, whole], [0, 100], ":", color="#999999", label="in proportion to SMs")
-    for n, (name, points) in enumerate(curves.items()):
-        look = {"color": COLORS[n % len(COLORS)], "marker": MARKERS[n // 2 % len(MARKERS)]}
-        if name == "read stream":
-            look = {"color": "black", "linestyle": "--"}
-        ax.plot(*zip(*points, strict=True), label=name, **look)
-    ax.set(xlabel="SMs (num_sms)", ylabel="speed, % of the whole GPU's", xlim=(0, whole * 1.02))
-    ax.set(ylim=(0, None), title=f"Speed against SMs\n{sheet.title}")
+    fig = Figure(figsize=(7.5 * len(kernels), 8), layout="constrained")
+    for ax, kernel in zip(fig.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True):
+        _draw_curves(ax, streams, curves[kernel], sheet.num_sms)
+        ax.set_title(f"{kernel}: num_sms alone (dashed), green context (solid)", loc="left")
+    fig.suptitle(f"Speed against SMs\n{sheet.title}")
+    return fig
+
+
+def _draw_curves(ax: Axes, streams: list[Curve], curves: list[Curve], num_sms: int) -> None:
+    ax.plot([0, num_sms], [0, 100], ":", color="#999999", label="in proportion to SMs")
+    shapes = list(dict.fromkeys(curve.shape for curve in curves))
+    looks = {
+        shape: {"color": COLORS[n % len(COLORS)], "marker": MARKERS[n % len(MARKERS)]}
+        for n, shape in enumerate(shapes)
+    }
+    named: set[str] = set()
+    for curve in [*streams, *curves]:
+        look = looks.get(curve.shape, {"color": "black"})
+        label = None if curve.shape in named else curve.shape  # its two lines share a look
+        named.add(curve.shape)
+        dash = "--" if curve.partitioning == "grid" else "-"
+        ax.plot(*zip(*curve.points, strict=True), dash, label=label, **look)
+    ax.set(xlabel="SMs", ylabel="speed, % of the whole GPU's", xlim=(0, num_sms * 1.02))
+    ax.set(ylim=(0, None))
     ax.grid(alpha=0.25)
-    fig.legend(loc="outside lower center", fontsize=8)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=8, borderaxespad=0)
+
+
+def draw_partitions(sheet: Sheet) -> Figure | None:
+    """Right of the line ours is ahead."""
+    ratios = partition_ratios(sheet)
+    if not ratios:
+        return None
+    fig = Figure(figsize=(12, 1.6 + 0.24 * len(ratios)), layout="constrained")
+    ax = fig.subplots()
+    labels, values = zip(*ratios, strict=True)
+    ax.barh(range(len(values)), values, color=COLORS[0], alpha=0.8)
+    for y, value in enumerate(values):
+        ax.text(value, y, f" {value:.2f}", va="center", size=7.5)
+    ax.set_yticks(range(len(labels)), labels, size=8)
+    ax.axvline(1, color="#777777", linewidth=1)
+    ax.set(ylim=(len(labels) - 0.5, -0.5), xlabel="times as fast as the best peer there")
+    ax.set_title(f"Kernels and their peers on the same green context\n{sheet.title}")
     return fig
 
 
@@ -165,6 +203,7 @@ def _draw_bars(
 FIGURES: dict[str, Callable[[Sheet], Figure | None]] = {
     "kernels_roofline": draw_roofline,
     "kernels_sms": draw_sms,
+    "kernels_partitions": draw_partitions,
     "kernels_percent": draw_percent,
 }
 

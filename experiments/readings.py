@@ -1,11 +1,15 @@
 """One line of kernels.csv, and the numbers that follow from it. Knows nothing of devices."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from experiments.harness import read_rows
+
 CEILING = "ceiling"
+# how a launch came to have only some SMs: not at all; by the size of its grid alone, which leaves
+# to the hardware which SMs; by a green context
+PARTITIONINGS = ("none", "grid", "green")
 # what the traffic of a kernel is held against; "copy" where it writes as much as it reads
 BANDWIDTH = {
     "decode_attention": "read stream",
@@ -29,6 +33,7 @@ class Reading:
     impl: str  # "ours" or a peer; of a ceiling, which one
     shape: str
     dtype: str
+    partitioning: str  # of PARTITIONINGS
     sms_asked: int | None  # None: no partition
     sms_granted: int  # SMs that the launch could run on
     ms_p20: float
@@ -51,8 +56,12 @@ class Reading:
     @property
     def key(self) -> tuple[object, ...]:
         """What a later reading has to share to replace this one."""
-        what = (self.gpu, self.kernel, self.impl, self.shape, self.dtype)
-        return *what, self.sms_asked, self.sms_granted
+        return self.gpu, self.impl, *self.where, self.sms_granted
+
+    @property
+    def where(self) -> tuple[object, ...]:
+        """What it has in common with the peers that it is held against."""
+        return self.kernel, self.shape, self.dtype, self.partitioning, self.sms_asked
 
     @property
     def gb_s(self) -> float:
@@ -107,32 +116,25 @@ class Ceilings:
         return 100 * reading.gb_s / self.bandwidth(reading.kernel)
 
 
-def best_peers(readings: Sequence[Reading]) -> dict[tuple[str, str, str], Reading]:
-    """The fastest peer on the whole GPU by (kernel, shape, dtype)."""
-    best: dict[tuple[str, str, str], Reading] = {}
+def best_peers(readings: Sequence[Reading]) -> dict[tuple[object, ...], Reading]:
+    """The fastest peer by `Reading.where`: of a launch on a partition, one on the same."""
+    best: dict[tuple[object, ...], Reading] = {}
     for r in readings:
-        where = (r.kernel, r.shape, r.dtype)
-        is_peer = r.kernel != CEILING and r.impl != "ours" and r.sms_asked is None
-        if is_peer and (where not in best or r.ms_p50 < best[where].ms_p50):
-            best[where] = r
+        is_peer = r.kernel != CEILING and r.impl != "ours"
+        if is_peer and (r.where not in best or r.ms_p50 < best[r.where].ms_p50):
+            best[r.where] = r
     return best
 
 
 def read_csv(path: Path) -> list[Reading]:
     """Every line of a kernels.csv. ValueError, with the line, where it is not one."""
-    if not path.exists():
-        raise ValueError(f"{path} must be a file of experiments.bench_kernels, got none")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} must have the columns {COLUMNS}, got {reader.fieldnames}")
-        readings = []
-        for row in reader:
-            try:
-                readings.append(_parse(row))
-            except (TypeError, ValueError) as error:
-                where = f"{path}, line {reader.line_num}"
-                raise ValueError(f"{where} must be a whole reading, got {row}") from error
+    readings = []
+    for line, row in enumerate(read_rows(path, COLUMNS), start=2):
+        try:
+            readings.append(_parse(row))
+        except (TypeError, ValueError) as error:
+            where = f"{path}, line {line}"
+            raise ValueError(f"{where} must be a whole reading, got {row}") from error
     if not readings:
         raise ValueError(f"{path} must hold readings, got a header alone")
     return readings
@@ -148,6 +150,9 @@ def _parse(row: dict[str, str]) -> Reading:
     reading = Reading(**values)  # type: ignore[arg-type]
     if reading.ms_p50 <= 0:
         raise ValueError("a time must be positive")
+    is_whole = reading.sms_asked is None
+    if reading.partitioning not in PARTITIONINGS or is_whole != (reading.partitioning == "none"):
+        raise ValueError("a partition must say what made it")
     return reading
 
 

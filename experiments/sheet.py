@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, newest
+from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, best_peers, newest
 
 
 @dataclass(frozen=True)
@@ -91,35 +91,58 @@ def roofline_points(sheet: Sheet) -> list[Point]:
     return sorted(points, key=lambda p: (p.flop_per_byte, p.label))
 
 
-def sm_curves(sheet: Sheet) -> dict[str, list[tuple[int, float]]]:
-    """(SMs, percent of the speed on the whole GPU) by kernel and shape, where there are several."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+@dataclass(frozen=True)
+class Curve:
+    """One kernel on one shape, over SMs."""
+
+    shape: str  # or which stream
+    partitioning: str  # as in a Reading
+    points: list[tuple[int, float]]  # (SMs, percent of the speed on the whole GPU)
+
+
+def sm_curves(sheet: Sheet) -> dict[str, list[Curve]]:
+    """Of ours and of the read stream, by kernel, where there are several numbers of SMs."""
+    points: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for r in [*sheet.streams, *sheet.readings]:
         whole = _on_whole_gpu(sheet, r)
-        if r.sms_asked is None or whole is None:
+        if r.partitioning == "none" or r.impl not in ("ours", "read stream") or whole is None:
             continue
-        confined = r.sms_granted < sheet.num_sms
-        name = "read stream" if r.kernel == CEILING else f"{r.kernel}  {r.shape}"
-        name += f"  {r.impl}" * (r.impl != "ours" and r.kernel != CEILING)
-        name += "" if confined or r.kernel == CEILING else "  (grid only)"
-        sms = r.sms_granted if confined else min(r.sms_asked, sheet.num_sms)
-        curves.setdefault(name, [(sheet.num_sms, 100.0)])
+        sms = r.sms_asked if r.partitioning == "grid" else r.sms_granted
         if sms < sheet.num_sms:
-            curves[name].append((sms, 100 * whole.ms_p50 / r.ms_p50))
-    return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
+            name = r.impl if r.kernel == CEILING else r.shape
+            found = points.setdefault((r.kernel, name, r.partitioning), [(sheet.num_sms, 100.0)])
+            found.append((sms, 100 * whole.ms_p50 / r.ms_p50))
+    curves: dict[str, list[Curve]] = {}
+    for (kernel, shape, partitioning), found in points.items():
+        curves.setdefault(kernel, []).append(Curve(shape, partitioning, sorted(found)))
+    return curves
 
 
 def _on_whole_gpu(sheet: Sheet, r: Reading) -> Reading | None:
-    what = (r.kernel, r.impl, r.shape, r.dtype)
-    for other in [*sheet.streams, *sheet.readings]:
-        if other.sms_asked is None and what == (
-            other.kernel,
-            other.impl,
-            other.shape,
-            other.dtype,
-        ):
-            return other
-    return None
+    same = (
+        other
+        for other in [*sheet.streams, *sheet.readings]
+        if (other.kernel, other.impl, other.shape, other.dtype, other.partitioning)
+        == (r.kernel, r.impl, r.shape, r.dtype, "none")
+    )
+    return next(same, None)
+
+
+def best_peer(sheet: Sheet, reading: Reading, name: str = "") -> Reading | None:
+    """The fastest peer of the same run at the same place, among those whose name begins so."""
+    rows = [r for r in sheet.readings if r.run == reading.run and r.impl.startswith(name)]
+    return best_peers(rows).get(reading.where)
+
+
+def partition_ratios(sheet: Sheet) -> list[tuple[str, float]]:
+    """(what and where, times as fast as the best peer) on the same green context."""
+    found = []
+    for r in sheet.readings:
+        peer = best_peer(sheet, r) if r.impl == "ours" and r.partitioning == "green" else None
+        if peer is not None:
+            label = f"{r.kernel}  {r.shape}  on {r.sms_granted} SMs, beside {peer.impl}"
+            found.append((label, peer.ms_p50 / r.ms_p50))
+    return found
 
 
 def percent_bars(sheet: Sheet) -> dict[str, dict[str, dict[str, float]]]:

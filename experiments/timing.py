@@ -51,16 +51,23 @@ def copies_for(num_bytes: int) -> int:
 
 
 def time_calls(
-    run: Run, copies: int, device: torch.device, effort: Effort, *, captured: bool = True
+    run: Run,
+    copies: int,
+    device: torch.device,
+    effort: Effort,
+    *,
+    captured: bool = True,
+    stream: torch.cuda.Stream | None = None,
 ) -> Times:
     """Times of run(0), run(1), .. run(copies - 1), run(0), .. one after the other on a stream.
 
     captured: as one CUDA graph; else launched from Python, for what cannot be captured and takes
-    longer than its launch. On the CPU a clock around the calls.
+    longer than its launch. stream: one of a partition's, which confines the graph; None: a new one.
+    On the CPU a clock around the calls.
     """
     if device.type != "cuda":
         return _time_on_host(run, copies, effort)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device) if stream is None else stream
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):
         for i in range(copies):

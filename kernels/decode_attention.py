@@ -30,9 +30,8 @@ from kernels.tile import (
 SPLIT_LEN = 256  # tokens in a split: with fewer, joining them costs too much beside reading them
 MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves programs without work:
 FEW_SPLITS = 4  # into so many, if each has the least
-MAX_SPLITS = 128  # splits of one context, a power of two
-JOIN_ROWS = 64  # partial results, of queries and splits, that are loaded at a time to be joined
-MIN_BLOCK_J = 4  # rows of a join: with fewer, it takes more registers than all the rest
+MAX_SPLITS = 128  # splits of one context
+JOIN_AHEAD = 8  # partial results that are loaded together when splits are joined
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
@@ -156,39 +155,33 @@ def _attend_run(
 @triton.jit
 def _join_splits(
     partial_ptr, max_sum_ptr, num_splits, GROUP: tl.constexpr, D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    JOIN_AHEAD: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(sums of weights [BLOCK_J], weighted values [BLOCK_J, BLOCK_D]) over all splits of one kv
-    head, BLOCK_S of them at a time."""
+    head."""
     offs_j, offs_d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
-    mask_j = (offs_j < GROUP)[None, :]
-    offs_all = tl.arange(0, MAX_SPLITS)
-    # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
-    all_tops = tl.load(
-        max_sum_ptr + (offs_all[:, None] * GROUP + offs_j[None, :]) * 2,
-        mask=(offs_all < num_splits)[:, None] & mask_j,
-        other=float("-inf"),
-        cache_modifier=".cg",
-    )
-    # finite, for a split that is joined has a token; rows past the group weigh nothing
-    top = tl.where(offs_j < GROUP, tl.max(all_tops, axis=0), 0.0)
+    mask_j = offs_j < GROUP
+    mask_q = mask_j[:, None] & (offs_d < D)[None, :]
+    partial_ptrs = partial_ptr + offs_j[:, None] * D + offs_d[None, :]
+    max_sum_ptrs = max_sum_ptr + offs_j * 2
+    top = tl.full([BLOCK_J], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_J], tl.float32)
     acc = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_splits, BLOCK_S, num_stages=1):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        mask = (offs_s < num_splits)[:, None] & mask_j  # [BLOCK_S, BLOCK_J]
-        rows = offs_s[:, None] * GROUP + offs_j[None, :]
-        tops = tl.load(max_sum_ptr + rows * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(max_sum_ptr + rows * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            partial_ptr + rows[:, :, None] * D + offs_d[None, None, :],
-            mask=mask[:, :, None] & (offs_d < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
+    # unrolled, so that loads of several splits are on their way at once; a tile of them, joined by
+    # sums over one of its dims, took 1 to 3 us longer
+    for split in tl.range(0, num_splits, loop_unroll_factor=JOIN_AHEAD):
+        # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
+        at = max_sum_ptrs + split * GROUP * 2
+        split_top = tl.load(at, mask=mask_j, other=0.0, cache_modifier=".cg")
+        split_total = tl.load(at + 1, mask=mask_j, other=0.0, cache_modifier=".cg")
+        split_acc = tl.load(
+            partial_ptrs + split * GROUP * D, mask=mask_q, other=0.0, cache_modifier=".cg"
         )
-        weights = tl.exp2(tops - top[None, :])
-        total += tl.sum(totals * weights, axis=0)
-        acc += tl.sum(values * weights[:, :, None], axis=0)
+        new_top = tl.maximum(top, split_top)  # a split that is joined has a token, so is finite
+        fade, weight = tl.exp2(top - new_top), tl.exp2(split_top - new_top)
+        total = tl.fma(split_total, weight, total * fade)
+        acc = tl.fma(split_acc, weight[:, None] + tl.zeros_like(acc), acc * fade[:, None])
+        top = new_top
     return total, acc
 
 
@@ -222,7 +215,7 @@ def _decode_attention_kernel(
     MIN_SPLIT_LEN: tl.constexpr,
     FEW_SPLITS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    JOIN_AHEAD: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -308,8 +301,7 @@ def _decode_attention_kernel(
                     num_splits,
                     GROUP,
                     D,
-                    MAX_SPLITS,
-                    BLOCK_S,
+                    JOIN_AHEAD,
                     BLOCK_J,
                     BLOCK_D,
                 )
@@ -376,7 +368,6 @@ def decode_attention(
         wanted = f"[>= {2 * num_programs}, {MAX_SPLITS}, {group}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
     tile = choose_tile(head_dim, kv_cache.dtype) if tile is None else tile
-    block_j = max(MIN_BLOCK_J, next_power_of_2(group))
     _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
@@ -403,10 +394,10 @@ def decode_attention(
         MIN_SPLIT_LEN=MIN_SPLIT_LEN,
         FEW_SPLITS=FEW_SPLITS,
         MAX_SPLITS=MAX_SPLITS,
-        BLOCK_S=max(JOIN_ROWS // block_j, 1),
+        JOIN_AHEAD=JOIN_AHEAD,
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
-        BLOCK_J=block_j,
+        BLOCK_J=next_power_of_2(group),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,

@@ -1,5 +1,6 @@
 """Causal attention of ragged new tokens over their paged context, cached prefix included.
 
+On Hopper by `prefill_pipeline`, elsewhere and for what that does not take by the kernel here, after
 FlashAttention-2 (Dao, 2023): one pass over the keys with an online softmax in base 2; tiles that
 every row sees run without a mask.
 """
@@ -11,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import hopper
 from kernels.dependent_launch import launch_options, wait_for_inputs
+from kernels.prefill_load import CONSUMERS, PIECE_D, ROWS
+from kernels.prefill_pipeline import _prefill_pipeline_kernel
 from kernels.tile import (
     Tile,
     cdiv,
+    device_sms,
     dot_precision,
     next_power_of_2,
     output,
@@ -144,6 +149,13 @@ def _prefill_attention_kernel(
     tl.store(out_ptrs, out, mask=mask_m[:, None] & mask_d[None, :])
 
 
+PIPELINE_ROWS = CONSUMERS.value * ROWS.value
+MIN_BLOCK_B = 64  # lanes over the requests: one compiled kernel serves most batches
+# Queries a request, on average, from which the pipeline is the faster one: it holds one tile on an
+# SM, and a tile of few keys is mostly waiting.
+PIPELINE_MIN_QUERIES = 64
+
+
 def choose_tile(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Tile:
     """Queries x keys a program holds."""
     if dtype == torch.float32:
@@ -151,6 +163,34 @@ def choose_tile(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Tile:
     if max_query_len <= 64:
         return Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=head_dim, num_stages=3)
     return Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=head_dim, num_warps=8, num_stages=3)
+
+
+def choose_pipeline_tile(head_dim: int) -> Tile:
+    """The same for `prefill_pipeline`: a ring of two steps of 128 keys was fastest on an H100."""
+    return Tile(BLOCK_M=PIPELINE_ROWS, BLOCK_N=128, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+
+
+def takes(q: Tensor, kv_cache: Tensor) -> bool:
+    """Whether `prefill_pipeline` can: Hopper, a 16-bit dtype, heads of 64 or 128 one after the
+    other, blocks and keys a whole number of slots apart."""
+    if q.dtype not in hopper.GL_DTYPES or not hopper.has_wgmma(q.device):
+        return False
+    block, pair, slot, head, _ = kv_cache.stride()
+    _, _, block_size, _, head_dim = kv_cache.shape
+    return (
+        head_dim in (64, 128)
+        and block_size in (8, 16, 32, 64)
+        and head == q.stride(1) == head_dim
+        and block % slot == pair % slot == 0
+        and slot * 2 % hopper.ALIGNMENT == kv_cache.data_ptr() % hopper.ALIGNMENT == 0
+        and hopper.is_aligned(q)
+    )
+
+
+def has_form(tile: Tile) -> bool:
+    """Whether `prefill_pipeline` can be compiled for a tile."""
+    shape = (tile.BLOCK_M, tile.num_warps)
+    return shape == (PIPELINE_ROWS, 8) and tile.BLOCK_N in (64, 128) and tile.num_stages >= 2
 
 
 def prefill_attention(
@@ -164,14 +204,16 @@ def prefill_attention(
     *,
     out: Tensor | None = None,
     tile: Tile | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries over their paged context, cached prefix included.
 
     q: [T, H, D], the requests' new tokens one after the other; kv_cache: one layer [num_blocks, 2,
     block_size, H_KV, D], new tokens already stored; block_table: [B, max_blocks] int32; cu_seqlens:
     [B + 1] int32, where each request's queries start; context_lens: [B] int32, prefix and new
-    tokens; max_query_len: at least the longest of the queries' lengths -> [T, H, D].
-    Raises ValueError where a shape or a stride does not fit.
+    tokens; max_query_len: at least the longest of the queries' lengths -> [T, H, D]. num_sms sizes
+    the grid of `prefill_pipeline` for a partition. Raises ValueError where a shape or a stride does
+    not fit.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
@@ -180,6 +222,12 @@ def prefill_attention(
     require_shape("cu_seqlens", cu_seqlens, num_requests + 1)
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
+        return out
+    is_long = num_tokens >= PIPELINE_MIN_QUERIES * num_requests if tile is None else has_form(tile)
+    if is_long and takes(q, kv_cache):
+        tile = choose_pipeline_tile(head_dim) if tile is None else tile
+        paging = kv_cache, block_table, cu_seqlens, context_lens
+        _launch_pipeline(q, *paging, scale, out, tile=tile, num_sms=num_sms)
         return out
     tile = choose_tile(max_query_len, head_dim, kv_cache.dtype) if tile is None else tile
     grid = (num_heads, num_requests, cdiv(max_query_len, tile.BLOCK_M))
@@ -209,3 +257,52 @@ def prefill_attention(
         **launch_options(q.device),
     )
     return out
+
+
+def _launch_pipeline(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    tile: Tile,
+    num_sms: int | None,
+) -> None:
+    """Launch over arguments that the caller has checked and that the pipeline `takes`."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, _, block_size, num_kv_heads, _ = kv_cache.shape
+    num_requests = len(context_lens)
+    block, pair, slot = kv_cache.stride()[:3]
+    # one layer of the pool as a matrix, a row for each slot; between two blocks lie other layers'
+    num_rows = ((num_blocks - 1) * block + pair) // slot + block_size
+    pool_shape = (num_rows, num_kv_heads * head_dim)
+    sms = device_sms(q.device) if num_sms is None else num_sms
+    most_tiles = num_tokens // PIPELINE_ROWS + num_requests
+    _prefill_pipeline_kernel[(min(sms, most_tiles * num_heads),)](
+        hopper.describe(
+            q, ROWS.value, head_dim, shape=(num_tokens, num_heads * head_dim), stride=q.stride(0)
+        ),
+        hopper.describe(kv_cache, block_size, PIECE_D.value, shape=pool_shape, stride=slot),
+        block_table,
+        cu_seqlens,
+        context_lens,
+        out,
+        scale * math.log2(math.e),
+        block_table.stride(0),
+        out.stride(0),
+        out.stride(1),
+        block // slot,
+        pair // slot,
+        num_rows,
+        num_requests,
+        num_heads,
+        num_heads // num_kv_heads,
+        BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
+        BLOCK_N=tile.BLOCK_N,
+        STAGES=tile.num_stages,
+        num_warps=4,  # of the first consumer; the kernel adds the others
+        **launch_options(q.device),
+    )

@@ -8,9 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-# Triton 3.6 and 3.9 name these differently
-tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+from kernels.hopper import thread_barrier, tma_store
 
 
 @gluon.jit

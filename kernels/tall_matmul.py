@@ -4,18 +4,13 @@ How large a tile is decides how often weights are read again and how evenly the 
 the SMs: `choose_tile` weighs the two.
 """
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels import hopper
 from kernels.dependent_launch import launch_options
 from kernels.tall_pipeline import _tall_matmul_kernel
 from kernels.tile import Tile, cdiv, device_sms
 
-ALIGNMENT = 16  # bytes, of a row's start: the copy engine's unit
 TALL_BLOCK_M = 64  # rows of a tile from which wgmma takes it
 BLOCK_K = 64  # elements: 128 bytes, a row of the widest swizzle
 CHUNK_SIZE = 4096  # elements of out that a consumer stores at a time
@@ -23,7 +18,6 @@ OUT_BUFFERS = 2  # chunks of one consumer on their way
 MAX_STAGES = 8  # deeper rings were not tried
 SHARED_BYTES = 226 * 1024  # of the 227 KiB on Hopper: barriers and the warps' hand-over take some
 GROUP_ROWS = 1024  # rows of x that tiles at work together share in L2
-GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def ring_tile(consumers: int, rows: int, block_n: int, *, gated: bool) -> Tile:
@@ -51,8 +45,8 @@ PLAIN_TILES = (
     (ring_tile(2, 64, 256, gated=False), 1.0),
     (ring_tile(2, 128, 128, gated=False), 1.01),
     (ring_tile(2, 64, 128, gated=False), 0.52),
-    (ring_tile(1, 64, 128, gated=False), 0.33),
-    (ring_tile(1, 64, 64, gated=False), 0.28),
+    (ring_tile(1, 64, 128, gated=False), 0.42),
+    (ring_tile(1, 64, 64, gated=False), 0.36),
 )
 GATED_TILES = (
     (ring_tile(2, 64, 128, gated=True), 1.0),
@@ -75,16 +69,10 @@ def choose_tile(num_tokens: int, width: int, num_sms: int, *, gated: bool) -> Ti
 
 def takes(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> bool:
     """Whether `launch_tall_matmul` can: Hopper, a 16-bit dtype, rows that TMA can address."""
-    if x.dtype not in GL_DTYPES or not has_wgmma(x.device):
+    if x.dtype not in hopper.GL_DTYPES or not hopper.has_wgmma(x.device):
         return False
     matrices = [x, weight, out] if residual is None else [x, weight, out, residual]
-    return all(m.data_ptr() % ALIGNMENT == 0 and m.stride(0) * 2 % ALIGNMENT == 0 for m in matrices)
-
-
-@lru_cache(maxsize=64)
-def has_wgmma(device: torch.device) -> bool:
-    """Hopper alone: later GPUs have another instruction, the interpreter knows no Gluon."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return all(hopper.is_aligned(matrix) for matrix in matrices)
 
 
 def launch_tall_matmul(
@@ -118,9 +106,9 @@ def launch_tall_matmul(
     # a lone consumer takes what the loading warps leave of 256 threads with 128 registers each
     options = {"maxnreg": 128} if consumers == 1 else {}
     _tall_matmul_kernel[(min(num_tiles, sms),)](
-        _describe(x, rows, BLOCK_K),
-        _describe(weight, tile.BLOCK_N, BLOCK_K),
-        _describe(out, rows, min(CHUNK_SIZE // rows, tile.BLOCK_N)),
+        hopper.describe(x, rows, BLOCK_K),
+        hopper.describe(weight, tile.BLOCK_N, BLOCK_K),
+        hopper.describe(out, rows, min(CHUNK_SIZE // rows, tile.BLOCK_N)),
         bias,
         residual,
         rstd,
@@ -151,14 +139,3 @@ def has_form(tile: Tile, *, gated: bool) -> bool:
         and rows * _width(tile.BLOCK_N, gated) <= consumers * 64 * 128  # what registers hold
         and tile.num_stages >= 2  # a buffer is given back only once the next one is there
     )
-
-
-def _describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    layout = _layout(rows, cols, GL_DTYPES[matrix.dtype])
-    strides = [matrix.stride(0), 1]
-    return TensorDescriptor(matrix, list(matrix.shape), strides, [rows, cols], layout)
-
-
-@lru_cache(maxsize=64)
-def _layout(rows: int, cols: int, dtype: gl.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)

@@ -6,7 +6,6 @@ consumers, a warp group each, multiply (wgmma): each holds ROWS rows of a tile a
 weights as the others.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,14 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
+from kernels.hopper import gdc_launch_dependents, gdc_wait, thread_barrier, tma_load
 from kernels.tall_epilogue import finish, residual_chunks
-
-# Triton 3.6 and 3.9 name these differently
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-gdc_wait = tl.extra.cuda.gdc_wait
-gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 
 
 @aggregate
@@ -109,13 +102,15 @@ def _load(ring, x_desc, weight_desc, M, N, K, GROUP_M: gl.constexpr, PDL: gl.con
     phase = 1 - ahead // ring.STAGES  # 1 in the first round: no buffer has to be read before it
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        for block in range(ahead, num_k):
+        # not carried from tile to tile: Triton 3.6 folds a value that the loop sets to 0 into what
+        # it was before the loop, and the consumers would wait for ever
+        begun = gl.where(tile == gl.program_id(0), ahead, 0)
+        for block in range(begun, num_k):
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(ring.full.index(stage), BYTES)
             _load_x(ring, x_desc, stage, row, block * BLOCK_K)
             _load_weight(ring, weight_desc, stage, column, block * BLOCK_K, N)
             stage, phase = _next(stage, phase, ring.STAGES)
-        ahead = ahead * 0
 
 
 @gluon.jit

@@ -1,75 +1,24 @@
-"""The engine benchmark: its workloads are the ones it names, and a row holds what was measured."""
+"""The engine benchmark: configurations, the rates of arrivals, and a row for what was measured."""
 
 import csv
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
 import triton
 
-from engine import LLM
 from experiments import bench_engine, harness, shapes
-from experiments.bench_engine import WORKLOADS, Workload, measure
+from experiments.bench_engine import CONFIGS, engine_options
+from experiments.engine_csv import FIRST_HEADER, read_engine_csv
+from experiments.serving import Served
+from experiments.workloads import CLOSED, MAX_TOKEN_ID, POISSON, Poisson, at_once
 from models.config import ModelConfig
 from tests.checkpoints import SIZES
+from tests.test_engine_csv import FIRST
 
 TINY = {name: SIZES[name] for name in SIZES if name != "eos_token_id"}
-
-
-def tiny_llm(folder, **options) -> LLM:
-    shapes.write_config("Qwen3-0.6B", folder, **TINY)
-    sizes = {"max_num_seqs": 4, "num_kv_blocks": 64, "max_num_batched_tokens": 64}
-    options = {"enable_prefix_caching": False} | sizes | options
-    return LLM(folder, device="cpu", load_format="dummy", **options)
-
-
-SMALL = Workload([[1, 2, 3], [4] * 20, [5]], [4, 6, 2])
-
-
-def test_the_offline_workload_is_the_usual_one():
-    workload = WORKLOADS["offline"]()
-    lens = [len(prompt) for prompt in workload.prompts]
-    assert len(lens) == len(workload.output_lens) == 256
-    for found in (lens, workload.output_lens):
-        assert 100 <= min(found) < 130 and 1000 < max(found) <= 1024
-    token_ids = {token_id for prompt in workload.prompts for token_id in prompt}
-    assert min(token_ids) == 0 and max(token_ids) == 10_000
-    again = WORKLOADS["offline"]()
-    assert (again.prompts, again.output_lens) == (workload.prompts, workload.output_lens)
-
-
-@pytest.mark.parametrize(("name", "shape"), [("batch1", (1, 128, 256)), ("fixed", (256, 512, 128))])
-def test_the_other_workloads_have_one_shape(name, shape):
-    workload = WORKLOADS[name]()
-    num_requests, prompt_len, output_len = shape
-    assert [len(prompt) for prompt in workload.prompts] == [prompt_len] * num_requests
-    assert workload.output_lens == [output_len] * num_requests
-
-
-def test_requests_run_to_their_full_length_at_0_6():
-    for p, num_tokens in zip(SMALL.params, SMALL.output_lens, strict=True):
-        assert (p.temperature, p.ignore_eos, p.max_tokens) == (0.6, True, num_tokens)
-        assert (p.top_k, p.top_p, p.min_p) == (0, 1.0, 0.0)
-
-
-def test_measure_counts_what_was_done(tmp_path):
-    with tiny_llm(tmp_path) as llm:
-        row = measure(llm, SMALL)
-    assert (row["requests"], row["prompt_tokens"], row["output_tokens"]) == (3, 24, 12)
-    assert row["output_tok_s"] == pytest.approx(12 / row["seconds"], rel=0.01)
-    assert row["ttft_ms_median"] > 0 and row["tpot_ms_median"] > 0
-    assert row["preemptions"] == 0
-
-
-def test_measure_refuses_what_is_no_measurement(tmp_path):
-    with tiny_llm(tmp_path, enable_prefix_caching=True) as llm:
-        measure(llm, SMALL)
-        with pytest.raises(AssertionError, match="prefix cache"):
-            measure(llm, SMALL)
-    with tiny_llm(tmp_path, max_model_len=22) as llm:
-        with pytest.raises(AssertionError, match="ended early"):
-            measure(llm, SMALL)
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
@@ -90,24 +39,129 @@ def test_changes_of_a_shape_are_written(tmp_path):
     assert shapes.SHAPES["Qwen3-8B"]["num_hidden_layers"] == 36
 
 
-def test_the_command_writes_a_row_for_each_reading(tmp_path, monkeypatch, capsys):
-    def write_tiny(model, folder):
-        return shapes.write_config(model, folder, **TINY)
+@pytest.fixture
+def argv(tmp_path, monkeypatch):
+    """A model and workloads that run in no time."""
+    folder = shapes.write_config(
+        "Qwen3-0.6B", tmp_path / "tiny", **TINY | {"vocab_size": MAX_TOKEN_ID + 1}
+    )
+    poisson = Poisson(20, 4, seconds=0.5, num_burst_requests=6)
+    monkeypatch.setitem(CLOSED, "batch1", lambda: at_once(3, 20, 5))
+    monkeypatch.setitem(CLOSED, poisson.burst_name, poisson.burst)
+    monkeypatch.setitem(POISSON, "poisson-1024-128", poisson)
+    out = str(tmp_path / "results" / "engine.csv")
+    sizes = ["--max-model-len", "400", "--num-kv-blocks", "200"]
+    return ["--model", str(folder), "--device", "cpu", *sizes, "--out", out]
 
-    monkeypatch.setattr(bench_engine, "write_config", write_tiny)
-    monkeypatch.setitem(bench_engine.WORKLOADS, "batch1", lambda: SMALL)
-    monkeypatch.setattr("engine.kv_cache.CPU_CACHE_BYTES", 1 << 20)
+
+def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, capsys):
     out = tmp_path / "results" / "engine.csv"
-    argv = ["--workload", "batch1", "--device", "cpu", "--max-model-len", "400", "--out", str(out)]
-    bench_engine.main([*argv, "--repeat", "2"])
-    bench_engine.main([*argv, "--repeat", "1", "--enforce-eager"])
-    rows = list(csv.DictReader(out.open()))
-    assert [row["eager"] for row in rows] == ["False", "False", "True"]
-    for row in rows:
-        assert (row["model"], row["workload"]) == ("Qwen3-0.6B", "batch1")
-        assert row["output_tokens"] == "12" and float(row["output_tok_s"]) > 0
-        assert row["gpu"].startswith("cpu") and row["commit"]
-    assert "output_tok_s" in capsys.readouterr().out
+    out.parent.mkdir()
+    out.write_text(f"{FIRST_HEADER}\n{FIRST}\n")
+    options = ["--configs", "replicas", "one", "--loads", "0.2", "0.4", "--enforce-eager"]
+    bench_engine.main([*argv, *options, "--workloads", "poisson-1024-128", "batch1"])
+    first, *rows = read_engine_csv(out)
+    assert (first.model, first.config) == ("Qwen3-8B", "one")
+    assert Counter((r.config, r.gpus, r.workload) for r in rows) == {
+        ("one", 1, "batch1"): 3,
+        ("replicas", 2, "batch1"): 3,
+        ("replicas", 2, "burst-20-4"): 1,
+        ("replicas", 2, "poisson-1024-128"): 2,
+    }
+    assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny" and rows[0].eager
+    assert rows[0].gpu.startswith("cpu") and rows[0].commit
+    for r in rows:
+        if r.workload == "batch1":
+            assert (r.requests, r.prompt_tokens, r.output_tokens) == (3, 60, 15)
+    [burst] = [r for r in rows if r.workload == "burst-20-4"]
+    for load, r in zip((0.2, 0.4), rows[-2:], strict=True):
+        assert r.load == load and r.rate == pytest.approx(load * 6 / burst.seconds, rel=0.01)
+        assert r.requests == max(1, round(load * 6 / burst.seconds * 0.5))
+        assert r.output_tokens == 4 * r.requests and r.itl_ms_p50 > 0
+        assert r.goodput_req_s <= 1.01 * r.requests / r.seconds
+    assert "goodput_req_s" in capsys.readouterr().out
+
+
+class InstantReplicas:
+    """Serves at once and says that it took as many seconds as there are engines, pd four."""
+
+    def __init__(self, folder, options):
+        self.environment = harness.environment("cpu")
+        self.seconds = 4.0 if "enable_two_gpu_pd" in options[0] else 1.0 * len(options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def run(self, workload):
+        counts = {"num_cached_tokens": 0, "num_preemptions": 0}
+        times = {"ttft_ms": 1.0, "tpot_ms": 1.0}
+        served = [
+            Served(num_prompt_tokens=len(p), num_output_tokens=n, **counts, **times)
+            for p, n in zip(workload.prompts, workload.output_lens, strict=True)
+        ]
+        return served, self.seconds
+
+
+def rates(argv, tmp_path, monkeypatch, *configs) -> dict[str, list[float]]:
+    """Of the Poisson arrivals, by configuration, in the order of the run."""
+    monkeypatch.setattr(bench_engine, "Replicas", InstantReplicas)
+    bench_engine.main([*argv, "--configs", *configs, "--workloads", "poisson-1024-128"])
+    found: dict[str, list[float]] = {}
+    for r in read_engine_csv(tmp_path / "results" / "engine.csv"):
+        found.setdefault(r.config, []).extend([] if r.rate is None else [r.rate])
+    return found
+
+
+def test_replicas_and_pd_get_the_same_rates_and_one_none(argv, tmp_path, monkeypatch):
+    found = rates(argv, tmp_path, monkeypatch, "pd", "one", "replicas")
+    of_replicas = pytest.approx([load * 6 / 2 for load in (0.5, 0.7, 0.9)])
+    assert list(found.items()) == [("replicas", of_replicas), ("pd", of_replicas)]
+
+
+def test_without_replicas_each_has_its_own_capacity(argv, tmp_path, monkeypatch):
+    found = rates(argv, tmp_path, monkeypatch, "one", "pd")
+    for config, seconds in (("one", 1), ("pd", 4)):
+        assert found[config] == pytest.approx([load * 6 / seconds for load in (0.5, 0.7, 0.9)])
+
+
+def test_quick_leaves_out_and_makes_nothing_smaller(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_engine, "Replicas", InstantReplicas)
+    bench_engine.main([*argv, "--quick"])
+    rows = read_engine_csv(tmp_path / "results" / "engine.csv")
+    names = set(bench_engine.QUICK_WORKLOADS) | {"burst-20-4"}
+    assert {r.workload for r in rows} == names and names < {*CLOSED, *POISSON}
+    for r in rows:
+        if r.load is None:
+            assert r.requests == len(CLOSED[r.workload]().prompts)
+    assert [r.load for r in rows if r.load is not None] == [0.8]
+
+
+def test_configurations():
+    assert [len(engine_options(config, "cuda")) for config in CONFIGS] == [1, 2, 1]
+    assert engine_options("one", "cuda") == [{"device": "cuda:0"}]
+    assert engine_options("replicas", "cuda") == [{"device": "cuda:0"}, {"device": "cuda:1"}]
+    assert engine_options("replicas", "cpu") == [{"device": "cpu"}] * 2
+    both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
+    assert engine_options("pd", "cpu") == [{"device": "cpu"} | both]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "nowhere"], "--model must be one of Qwen3-0.6B, .* or a folder"),
+        (["--loads", "0.5", "0"], "must be positive, got"),
+        (["--repeat", "0"], "must be positive, got"),
+        (["--device", "cuda", "--configs", "pd"], "must have 2 GPUs, got 0"),
+    ],
+)
+def test_bad_arguments(options, says, argv, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        bench_engine.main([*argv, *options])
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_rows_are_appended_under_one_header(tmp_path):

@@ -1,6 +1,7 @@
 """The kernel benchmark: what a case builds, what it counts, what it refuses, what a row holds."""
 
 import csv
+import inspect
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import kernels
 from experiments import attention_cases, attention_peers, bench_kernels, ceilings, peers, readings
 from experiments.attention_cases import DecodeAttention, PrefillAttention
-from experiments.bench_kernels import all_cases, measure, table_rows, takes_num_sms
+from experiments.bench_kernels import all_cases, measure, table_rows
 from experiments.copy_cases import CopyBlocks, CopyBlocksToPeer
 from experiments.dense_cases import Linear, Mlp
 from experiments.kernel_case import Impl, Mismatch, Problem, row_error, share_unequal
@@ -19,6 +20,7 @@ from experiments.memory_cases import (
     RopeStore,
     Sampling,
 )
+from experiments.places import Place
 from experiments.readings import COLUMNS, Ceilings, Reading, best_peers
 from experiments.timing import Effort, Times, copies_for, time_calls
 from kernels import reference
@@ -74,10 +76,12 @@ def test_every_impl_passes_its_check_on_every_copy(case):
     if not case.is_possible(WHERE):
         pytest.skip("needs a second GPU")
     problem = case.build(WHERE, 2)
-    sms = (2,) if takes_num_sms(case.kernel) else ()
-    impls = problem.impls(sms)
-    assert [impl.num_sms for impl in impls if impl.name == "ours"] == [None, *sms]
-    for impl in impls:
+    on_two = [Place("grid", 2, 2)]
+    impls = problem.impls(on_two, on_two)
+    assert [impl.place.num_sms for impl in impls if impl.name == "ours"] == [None, 2]
+    told = problem.told_peers(2)
+    assert len(impls) == 2 + 2 * len(problem.peers) + len(told)
+    for impl in impls[: len(impls) - len(told)]:  # those need cuBLAS
         problem.check(impl)
         impl.run(1)
 
@@ -89,8 +93,10 @@ def test_a_kernel_that_does_nothing_fails_its_check(case):
     problem = case.build(WHERE, 2)
     ours = problem.impls(())[0]
     problem.check(ours)  # its result lies in the outputs now, and must not pass for another's
-    with pytest.raises(Mismatch, match=r"idle on 3 SMs must be within .* of the reference, got"):
-        problem.check(Impl(name="idle", run=lambda i: None, num_sms=3))
+    with pytest.raises(
+        Mismatch, match=r"idle on 3 SMs \(grid\) must be within .* of the reference, got"
+    ):
+        problem.check(Impl(name="idle", run=lambda i: None, place=Place("grid", 3, 3)))
 
 
 WITH_OUTPUTS_OF_EACH_COPY = (PrefillAttention, RmsNorm, RopeStore, CopyBlocks)
@@ -175,7 +181,8 @@ def test_a_skewed_batch_has_an_even_one_of_as_many_bytes():
 
 def test_every_case_names_a_launcher_a_ceiling_and_is_a_quick_one_for_each_kernel():
     for case in all_cases():
-        assert callable(getattr(kernels, case.kernel.partition(" ")[0]))
+        launcher = getattr(kernels, case.kernel.partition(" ")[0])
+        assert not case.sweep or "num_sms" in inspect.signature(launcher).parameters
         assert case.kernel in readings.BANDWIDTH
         assert case.dtype == torch.bfloat16 and case.copies >= 2
     assert {c.kernel for c in all_cases() if c.quick} == set(readings.BANDWIDTH)
@@ -346,6 +353,7 @@ def reading(kernel="mlp", impl="ours", ms=1.0, **values) -> Reading:
     row = {
         "shape": "s",
         "dtype": "bfloat16",
+        "partitioning": "none",
         "sms_asked": None,
         "sms_granted": 132,
         "bytes": 10**9,
@@ -391,45 +399,45 @@ def test_a_run_without_a_ceiling_is_an_error():
 
 
 def test_the_table_shows_ours_beside_the_best_peer():
+    grid = {"partitioning": "grid", "sms_asked": 56}
+    green = {"partitioning": "green", "sms_asked": 56, "sms_granted": 56}
     rows = [
         *LIMITS,
         reading(ms=2.0),
-        reading(ms=4.0, sms_asked=56),
+        reading(ms=4.0, **grid),
+        reading(ms=5.0, **green),
         reading(impl="slow", ms=5.0),
         reading(impl="fast", ms=1.6),
-        reading(impl="fast", ms=0.1, sms_asked=56),
+        reading(impl="slow", ms=6.0, **green),
         reading("rms_norm", flops=0, shape="alone"),
     ]
-    assert best_peers(rows)["mlp", "s", "bfloat16"].ms_p50 == 1.6
+    assert best_peers(rows)[rows[4].where].ms_p50 == 1.6
     table = table_rows(rows)
     assert [row["kernel"] for row in table[:4]] == ["read stream", "copy", "peer copy", "matmul"]
     assert table[3]["rate"] == "800 TFLOP/s" and table[0]["rate"] == "2500 GB/s"
-    mlp, on_56, norm = table[4:]
+    mlp, on_56, confined, norm = table[4:]
     assert (mlp["us"], mlp["rate"], mlp["% of ceiling"]) == ("2000.0", "500 TFLOP/s", "62.5")
     assert (mlp["x best peer"], mlp["best peer"]) == ("0.80", "fast")
-    assert (on_56["num_sms"], on_56["% of ceiling"]) == (56, "31.2")
+    assert (on_56["SMs"], on_56["% of ceiling"]) == ("56 grid", "31.2")
     assert on_56["best peer"] == "", "a partition beside the whole GPU says nothing"
+    assert (confined["SMs"], confined["x best peer"]) == ("56 green", "1.20")
+    assert confined["best peer"] == "slow"
     assert (norm["rate"], norm["best peer"]) == ("1000 GB/s", "")
 
 
 def test_the_columns_are_these():
     assert COLUMNS == [
-        "kernel", "impl", "shape", "dtype", "sms_asked", "sms_granted", "ms_p20", "ms_p50",
-        "ms_p80", "bytes", "flops", "date", "gpu", "torch", "triton", "driver", "commit",
+        "kernel", "impl", "shape", "dtype", "partitioning", "sms_asked", "sms_granted", "ms_p20",
+        "ms_p50", "ms_p80", "bytes", "flops", "date", "gpu", "torch", "triton", "driver", "commit",
     ]  # fmt: skip
     assert list(asdict(reading())) == COLUMNS
-
-
-def test_launchers_that_take_a_partition():
-    assert takes_num_sms("decode_attention") and takes_num_sms("mlp") and takes_num_sms("linear")
-    assert not takes_num_sms("rms_norm") and not takes_num_sms("copy_blocks to peer")
 
 
 @pytest.fixture
 def rehearsal(monkeypatch, tmp_path):
     """The command on small cases, wherever it runs."""
     cases = [
-        DecodeAttention(context_lens=(40, 17), sweep=True, quick=True, **SMALL_HEADS),
+        DecodeAttention(context_lens=(40, 17), sweep=(2,), quick=True, **SMALL_HEADS),
         RmsNorm(num_tokens=3, hidden=64),
     ]
     monkeypatch.setattr(bench_kernels, "all_cases", lambda: cases)
@@ -448,9 +456,14 @@ def rehearsal(monkeypatch, tmp_path):
 def test_the_command_writes_a_row_for_each_reading(rehearsal, capsys, tmp_path):
     rows = rehearsal("--num-sms", "2", "3")
     assert list(rows[0]) == COLUMNS
-    ours = [(r["kernel"], r["sms_asked"]) for r in rows if r["impl"] == "ours"]
-    decode = [("decode_attention", sms) for sms in ("", "2", "3")]
-    assert ours == [*decode, ("rms_norm", "")]
+    where = ("kernel", "partitioning", "sms_asked")
+    ours = [tuple(r[name] for name in where) for r in rows if r["impl"] == "ours"]
+    grids = [("decode_attention", "grid", sms) for sms in ("2", "3")]
+    assert [row for row in ours if row[1] != "green"] == [
+        ("decode_attention", "none", ""),
+        *grids,
+        ("rms_norm", "none", ""),
+    ]
     assert {r["gpu"] for r in rows} and {r["commit"] for r in rows} != {""}
     assert len({r["date"] for r in rows}) == 1, "one stamp for a run"
     for r in rows:
@@ -458,7 +471,9 @@ def test_the_command_writes_a_row_for_each_reading(rehearsal, capsys, tmp_path):
     parsed = readings.read_csv(tmp_path / "kernels.csv")
     assert len(parsed) == len(rows) and Ceilings.of(parsed).tflop_s > 0
     text = capsys.readouterr().out
-    assert "% of ceiling" in text
+    assert "% of ceiling" in text and " seconds, compilation and checks included; " in text
+    if DEVICE == "cpu":
+        assert "skipped green contexts: device must be a GPU of this machine, got cpu" in text
 
 
 def test_only_and_quick_choose_cases(rehearsal):

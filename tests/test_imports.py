@@ -20,6 +20,7 @@ MAY_IMPORT = {
 NO_TORCH = ["engine/scheduler.py", "engine/block_manager.py", "engine/request.py"]
 NO_TORCH += ["engine/base_scheduler.py", "engine/pd_scheduler.py", "engine/lease.py"]
 NO_TORCH += ["engine/detokenizer.py", "engine/interrupt.py", "engine/stats.py"]
+NO_TORCH += ["green/partition.py"]
 DEVICE_LIBRARIES = {"torch", "triton", "cuda", "transformers"}
 
 

@@ -20,27 +20,33 @@ STAMP = {
 }
 
 
+GRID = {"partitioning": "grid", "sms_asked": 66}
+GREEN = {"partitioning": "green", "sms_asked": 60, "sms_granted": 64}
+
+
 def reading(kernel: str, impl: str, ms: float, num_bytes: int, flops: int = 0, **other) -> Reading:
-    row = {"shape": "s", "dtype": "bfloat16", "sms_asked": None, "sms_granted": 132} | STAMP | other
+    row = {"shape": "s", "dtype": "bfloat16", "partitioning": "none"}
+    row |= {"sms_asked": None, "sms_granted": 132} | STAMP | other
     times = {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms}
     return Reading(kernel=kernel, impl=impl, bytes=num_bytes, flops=flops, **times, **row)
 
 
 def run(**stamp: str) -> list[Reading]:
-    """Ceilings of 3000 and 2500 GB/s and 750 TFLOP/s; three kernels, one of them on 66 SMs."""
+    """Ceilings of 3000 and 2500 GB/s and 750 TFLOP/s; three kernels, one of them on a grid of 66
+    SMs too, one on a green context of 64."""
     gb, tf = 10**9, 10**12
     rows = [
         reading("ceiling", "read stream", 1.0, 3 * gb),
-        reading("ceiling", "read stream", 2.0, 3 * gb, sms_asked=66, sms_granted=66),
+        reading("ceiling", "read stream", 2.0, 3 * gb, **GRID | {"sms_granted": 66}),
         reading("ceiling", "copy", 2.0, 5 * gb),
         reading("ceiling", "matmul", 2.0, gb, 1500 * 10**9),
         reading("decode_attention", "ours", 0.5, gb, 2 * gb, shape="B=64 context=4096"),
-        reading(
-            "decode_attention", "ours", 0.625, gb, 2 * gb, shape="B=64 context=4096", sms_asked=66
-        ),
+        reading("decode_attention", "ours", 0.625, gb, 2 * gb, shape="B=64 context=4096", **GRID),
         reading("decode_attention", "cudnn", 0.4, gb, 2 * gb, shape="B=64 context=4096"),
         reading("mlp", "ours", 2.0, gb, tf, shape="M=8192"),
         reading("mlp", "cublas chain", 2.5, gb, tf, shape="M=8192"),
+        reading("mlp", "ours", 4.0, gb, tf, shape="M=8192", **GREEN),
+        reading("mlp", "cublas chain", 5.0, gb, tf, shape="M=8192", **GREEN),
         reading("rms_norm", "ours", 0.5, gb, shape="T=1 & <N>"),
     ]
     return [replace(r, **stamp) for r in rows]
@@ -83,25 +89,28 @@ def test_points_of_the_roofline():
 
 
 def test_curves_against_sms():
-    curves = sm_curves(Sheet.of(run()))
-    grid_only = "decode_attention  B=64 context=4096  (grid only)"
-    assert curves == {
-        "read stream": [(66, pytest.approx(50)), (132, 100.0)],
-        grid_only: [(66, pytest.approx(80)), (132, 100.0)],
+    """A green context stands at the SMs it got; the curves are of ours and of the stream."""
+    whole = (132, 100.0)
+    assert sm_curves(Sheet.of(run())) == {
+        "ceiling": [sheet.Curve("read stream", "grid", [(66, pytest.approx(50)), whole])],
+        "decode_attention": [
+            sheet.Curve("B=64 context=4096", "grid", [(66, pytest.approx(80)), whole]),
+        ],
+        "mlp": [sheet.Curve("M=8192", "green", [(64, pytest.approx(50)), whole])],
     }
 
 
-def test_a_partition_is_drawn_at_the_sms_it_got():
-    more = {"shape": "B=64 context=4096", "sms_asked": 60, "sms_granted": 64}
-    granted = reading("decode_attention", "ours", 1.0, 10**9, **more)
-    curves = sm_curves(Sheet.of([*run(), granted]))
-    assert curves["decode_attention  B=64 context=4096"] == [(64, pytest.approx(50)), (132, 100.0)]
-
-
 def test_a_grid_as_large_as_the_gpu_is_the_whole_gpu():
-    full = {"shape": "M=8192", "sms_asked": 132}
-    curves = sm_curves(Sheet.of([*run(), reading("mlp", "ours", 2.0, 10**9, **full)]))
-    assert not any("mlp" in name for name in curves)
+    full = {"shape": "T=1 & <N>", "partitioning": "grid", "sms_asked": 132}
+    curves = sm_curves(Sheet.of([*run(), reading("rms_norm", "ours", 2.0, 10**9, **full)]))
+    assert "rms_norm" not in curves
+
+
+def test_a_partition_is_held_against_the_peer_on_the_same():
+    label = "mlp  M=8192  on 64 SMs, beside cublas chain"
+    assert sheet.partition_ratios(Sheet.of(run())) == [(label, pytest.approx(1.25))]
+    alone = [r for r in run() if (r.impl, r.partitioning) != ("cublas chain", "green")]
+    assert sheet.partition_ratios(Sheet.of(alone)) == []
 
 
 def test_the_newest_run_counts_with_its_own_ceilings():
@@ -151,7 +160,9 @@ def test_the_command_makes_the_figures(tmp_path, capsys):
     assert "copy 2500 GB/s" in roofline and "arithmetic intensity, FLOP/byte" in roofline
     percent = (out / "kernels_percent.svg").read_text()
     assert "66.7" in percent and "cublas chain" in percent and "T=1 &amp; &lt;N&gt;" in percent
-    assert "SMs (num_sms)" in (out / "kernels_sms.svg").read_text()
+    sms = (out / "kernels_sms.svg").read_text()
+    assert "num_sms alone (dashed), green context (solid)" in sms and ">read stream<" in sms
+    assert "on 64 SMs, beside cublas chain" in (out / "kernels_partitions.svg").read_text()
 
 
 def test_the_same_csv_gives_the_same_files(tmp_path):
@@ -165,7 +176,8 @@ def test_a_figure_without_readings_is_skipped_by_name(tmp_path, capsys):
     rows = [r for r in run() if r.sms_asked is None and r.kernel in ("ceiling", "rms_norm")]
     plot.main(["--csv", str(write(tmp_path / "k.csv", rows)), "--out", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "skipped kernels_roofline" in text and "skipped kernels_sms" in text
+    for name in ("roofline", "sms", "partitions"):
+        assert f"skipped kernels_{name}" in text
     assert not (tmp_path / "kernels_sms.svg").exists()
     assert (tmp_path / "kernels_percent.svg").exists()
 
@@ -173,20 +185,21 @@ def test_a_figure_without_readings_is_skipped_by_name(tmp_path, capsys):
 def test_many_kernels_stand_in_two_columns():
     rows = run()
     rows += [replace(rows[7], shape=f"M={m}") for m in range(30)]
-    rows += [replace(rows[9], shape=f"T={t}") for t in range(30)]
+    norm = next(r for r in rows if r.kernel == "rms_norm")
+    rows += [replace(norm, shape=f"T={t}") for t in range(30)]
     bars = percent_bars(Sheet.of(rows))
     assert plot._columns(bars) == [["decode_attention", "mlp"], ["rms_norm"]]
     assert plot._columns({"mlp": bars["mlp"]}) == [["mlp"]]
 
 
 CELLS = ",".join(COLUMNS)
-GOOD = "mlp,ours,s,bfloat16,,132,1,1,1,8,8,d,g,t,t,d,c"
+GOOD = "mlp,ours,s,bfloat16,none,,132,1,1,1,8,8,d,g,t,t,d,c"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "must be a file of experiments.bench_kernels, got none"),
+        (None, "must be a file of results, got none"),
         ("", "must have the columns"),
         ("a,b\n1,2\n", "must have the columns"),
         (f"{CELLS}\n", "must hold readings, got a header alone"),
@@ -194,6 +207,8 @@ GOOD = "mlp,ours,s,bfloat16,,132,1,1,1,8,8,d,g,t,t,d,c"
         (f"{CELLS}\n{GOOD},more\n", "line 2 must be a whole reading"),
         (f"{CELLS}\n{GOOD.replace(',1,1,1,', ',1,x,1,')}\n", "line 2 must be a whole reading"),
         (f"{CELLS}\n{GOOD.replace(',1,1,1,', ',0,0,0,')}\n", "line 2 must be a whole reading"),
+        (f"{CELLS}\n{GOOD.replace('none', 'grid')}\n", "line 2 must be a whole reading"),
+        (f"{CELLS}\n{GOOD.replace(',,', ',64,')}\n", "line 2 must be a whole reading"),
         (f"{CELLS}\n{GOOD}\n", r"ceilings, got none for ['copy', 'matmul', 'read stream']"),
     ],
 )

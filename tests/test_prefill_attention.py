@@ -30,7 +30,7 @@ tiles = st.none() | st.builds(
 )
 
 
-def attend(batch: PagedBatch, slack: int = 0, **options: Tensor | Tile | None) -> Tensor:
+def attend(batch: PagedBatch, slack: int = 0, **options: Tensor | Tile | int | None) -> Tensor:
     max_query_len = int(batch.cu_seqlens.diff().max()) + slack if len(batch.context_lens) else 0
     return kernels.prefill_attention(
         batch.q, *batch.paging, batch.cu_seqlens, batch.context_lens, max_query_len, batch.scale,

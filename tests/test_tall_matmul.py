@@ -9,6 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 import kernels
 from kernels import Tile, reference, tall_matmul
+from kernels.hopper import has_wgmma
 from kernels.tall_matmul import GATED_TILES, PLAIN_TILES, choose_tile, has_form, launch_tall_matmul
 from kernels.tile import cdiv
 from tests.strategies import DEVICE, assert_close, assert_same_bits, randn
@@ -26,7 +27,7 @@ GOOD = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=2)
 
 
 def on_hopper(test):
-    if not tall_matmul.has_wgmma(device):
+    if not has_wgmma(device):
         test = pytest.mark.skip(reason="needs a Hopper GPU")(test)
     return pytest.mark.gpu(test)
 
@@ -78,7 +79,7 @@ def test_sums_of_gate_and_up_count_both():
     assert has_form(GOOD, gated=True)
 
 
-@pytest.mark.skipif(tall_matmul.has_wgmma(device), reason="has a Hopper GPU")
+@pytest.mark.skipif(has_wgmma(device), reason="has a Hopper GPU")
 def test_without_hopper_nothing_is_taken():
     x = torch.zeros(128, 64, dtype=torch.float16, device=device)
     assert not tall_matmul.takes(x, x, None, x)

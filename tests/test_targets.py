@@ -1,19 +1,22 @@
 """Targets: the right readings are found, and a figure is judged the right way round."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from experiments.bench_kernels import all_cases, takes_num_sms
+from experiments.bench_kernels import all_cases
+from experiments.harness import RESULTS, append_row
 from experiments.readings import BANDWIDTH, Reading
 from experiments.sheet import Sheet
-from experiments.targets import Target, main, table, targets
+from experiments.target import EngineTarget, Target, read_engine_csv
+from experiments.targets import ENGINE, main, table, targets
 
 RUN = {"gpu": "H100", "date": "2026-01-02", "commit": "abc"}
 
 
 def reading(kernel: str, impl: str, ms: float, **fields: object) -> Reading:
-    common = {"shape": "B=1 x", "dtype": "bfloat16", "sms_asked": None, "sms_granted": 132}
+    common = {"shape": "B=1 x", "dtype": "bfloat16", "partitioning": "none"}
+    common |= {"sms_asked": None, "sms_granted": 132}
     times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), ms)
     sizes = {"bytes": 10**9, "flops": 0}
     return Reading(kernel=kernel, impl=impl, **common | times | sizes | RUN | fields)
@@ -30,6 +33,10 @@ def sheet(*readings: Reading) -> Sheet:
     return Sheet.of([*CEILINGS, *readings], "H100")
 
 
+GRID = {"partitioning": "grid", "sms_asked": 56}
+GREEN = {"partitioning": "green", "sms_asked": 56, "sms_granted": 56}
+
+
 def test_figures():
     """1 GB at 1 ms; the stream reads it in half of that."""
     ours = reading("decode_attention", "ours", 1.0)
@@ -37,23 +44,47 @@ def test_figures():
         ours,
         reading("decode_attention", "slow", 3.0),
         reading("decode_attention", "fast", 0.9),
-        replace(ours, sms_asked=56, ms_p50=1.25),
+        reading("decode_attention", "fast", 1.8, **GREEN),
+        replace(ours, **GRID, ms_p50=1.25),
+        replace(ours, **GREEN, ms_p50=1.5),
         replace(ours, shape="B=2 y", ms_p50=0.8),
     )
-    aim = Target(kernel="decode_attention", shape="B=1 ", measure="share", want=50)
-    figures = {
-        "share": 50.0,
-        "peer": 0.9,
-        "reads": 2.0,
-        "rate": 0.0,
-    }
+    aim = Target(kernel="decode_attention", shape="B=1", measure="share", want=50)
+    figures = {"share": 50.0, "peer": 0.9, "reads": 2.0, "rate": 0.0}
     for measure, figure in figures.items():
         assert replace(aim, measure=measure).figure(found) == pytest.approx(figure)
-    assert replace(aim, measure="whole", num_sms=56).figure(found) == pytest.approx(80)
-    assert replace(aim, measure="even", beside="B=2 ").figure(found) == pytest.approx(0.8)
-    assert replace(aim, shape="B=3 ").figure(found) is None
-    assert replace(aim, measure="even", beside="B=3 ").figure(found) is None
+    assert replace(aim, measure="peer", beside="slow").figure(found) == pytest.approx(3.0)
+    assert replace(aim, measure="peer", beside="none").figure(found) is None
+    on_grid = replace(aim, measure="whole", num_sms=56, partitioning="grid")
+    assert on_grid.figure(found) == pytest.approx(80)
+    on_green = replace(on_grid, partitioning="green")
+    assert on_green.figure(found) == pytest.approx(100 / 1.5)
+    assert replace(on_green, measure="peer").figure(found) == pytest.approx(1.2)
+    assert replace(on_grid, measure="peer").figure(found) is None
+    assert replace(aim, measure="even", beside="B=2").figure(found) == pytest.approx(0.8)
+    assert replace(aim, shape="B=3").figure(found) is None
+    assert replace(aim, measure="even", beside="B=3").figure(found) is None
     assert replace(aim, measure="peer").figure(sheet(ours)) is None
+
+
+def test_a_published_time_is_scaled_by_what_the_machines_read():
+    """The stream reads 2000 GB/s here, 3163 there."""
+    options = {"measure": "published", "want": 1.0, "published_us": 500.0}
+    aim = Target(kernel="decode_attention", shape="B=1", **options)
+    figure = aim.figure(sheet(reading("decode_attention", "ours", 1.0)))
+    assert figure == pytest.approx(0.5 * 3163 / 2000)
+
+
+def test_a_shape_is_found_by_its_first_words_the_shortest_first():
+    found = sheet(
+        reading("sample", "ours", 4.0, shape="B=2 top_k=50"),
+        reading("sample", "ours", 1.0, shape="B=2"),
+        reading("sample", "ours", 3.0, shape="B=22"),
+    )
+    aim = Target(kernel="sample", shape="B=2", measure="reads", want=1.5)
+    assert aim.figure(found) == pytest.approx(2.0)
+    assert replace(aim, shape="B=2 top_k=50").figure(found) == pytest.approx(8.0)
+    assert replace(aim, shape="B").figure(found) is None
 
 
 @pytest.mark.parametrize(
@@ -69,42 +100,76 @@ def test_the_peers_and_ceilings_of_the_same_run_count():
     ours = reading("decode_attention", "ours", 1.0)
     stale = reading("decode_attention", "peer", 0.1, date="2026-01-01")
     found = Sheet.of([*old, stale, *CEILINGS, ours], "H100")
-    aim = Target(kernel="decode_attention", shape="B=1 ", measure="share", want=50)
+    aim = Target(kernel="decode_attention", shape="B=1", measure="share", want=50)
     assert aim.figure(found) == pytest.approx(50)
     assert replace(aim, measure="peer").figure(found) is None
 
 
 def test_the_table_says_what_holds_and_what_was_not_measured():
-    aim = Target(kernel="decode_attention", shape="B=1 ", measure="share", want=60)
+    aim = Target(kernel="decode_attention", shape="B=1", measure="share", want=60)
+    missing = replace(aim, shape="B=9", beside="cudnn", num_sms=56, partitioning="green")
     lines = table(
         sheet(reading("decode_attention", "ours", 1.0)),
-        [aim, replace(aim, want=50), replace(aim, shape="B=9 ", num_sms=56)],
+        [aim, replace(aim, want=50, is_beyond=True), missing],
+        [EngineTarget("Qwen3-8B", "fixed", 6900, 6400)],
     ).splitlines()
     assert lines[2].endswith("| at least 60 % of the ceiling | 50 % of the ceiling | **no** |")
-    assert lines[3].endswith("| yes |")
-    assert lines[-1] == "Not measured: decode_attention B=9, 56 SMs."
+    assert lines[3].endswith("| beyond: at least 50 % of the ceiling | 50 % of the ceiling | yes |")
+    assert lines[-1] == (
+        "Not measured: decode_attention B=9, 56 SMs (green) beside cudnn; engine Qwen3-8B fixed."
+    )
+
+
+def test_the_engine_is_judged_by_the_median_of_its_newest_run():
+    row = {"model": "m", "workload": "w", "eager": "False", "gpu": "H100", "commit": "abc"}
+    rows = [
+        row | {"date": "2026-01-01", "output_tok_s": "9000"},
+        row | {"date": "2026-01-02", "output_tok_s": "100"},
+        row | {"date": "2026-01-02", "output_tok_s": "300"},
+        row | {"date": "2026-01-03", "output_tok_s": "7", "eager": "True"},
+        row | {"date": "2026-01-03", "output_tok_s": "8", "gpu": "H200"},
+    ]
+    aim = EngineTarget("m", "w", 150, 120)
+    assert aim.figure(rows, "H100") == 200 and aim.figure(rows, "B200") is None
+    lines = table(sheet(reading("sample", "ours", 1.0)), [], [aim], rows).splitlines()
+    assert lines[2] == ("| engine | m w | at least 150 tokens/s (vLLM 120) | 200 tokens/s | yes |")
+
+
+def test_the_engine_targets_are_found_among_the_committed_readings():
+    rows = read_engine_csv(RESULTS / "engine.csv")
+    gpu = "NVIDIA H100 80GB HBM3"
+    assert len(ENGINE) == 6 and all(aim.figure(rows, gpu) for aim in ENGINE)
+    assert read_engine_csv(RESULTS / "none.csv") == []
 
 
 def test_every_target_names_a_case_of_the_benchmark():
     for aim in targets():
         assert aim.kernel in BANDWIDTH
         cases = [c for c in all_cases() if c.kernel == aim.kernel]
-        for shape in filter(None, (aim.shape, aim.beside)):
-            assert any(c.shape.startswith(shape) for c in cases), shape
+        beside = aim.beside if aim.measure == "even" else ""
+        for shape in filter(None, (aim.shape, beside)):
+            assert any(f"{c.shape} ".startswith(f"{shape} ") for c in cases), shape
         if aim.num_sms is not None:
-            sweeps = [c.sweep for c in cases if c.shape.startswith(aim.shape)]
-            assert takes_num_sms(aim.kernel) and all(sweeps)
+            swept = [c for c in cases if f"{c.shape} ".startswith(f"{aim.shape} ")]
+            assert all(aim.num_sms in c.sweep for c in swept)
+            assert aim.measure == "whole" or all(c.sweeps_peers for c in swept)
+
+
+def test_every_kernel_with_a_figure_to_reach_has_a_target():
+    counts = {kernel: sum(aim.kernel == kernel for aim in targets()) for kernel in BANDWIDTH}
+    without = {kernel for kernel, count in counts.items() if not count}
+    assert without == {"linear", "rms_norm"}, "parts of what has one"
+    on_green = [a for a in targets() if a.kernel == "mlp" and a.partitioning == "green"]
+    assert {(a.num_sms, a.shape.split("M=")[1]) for a in on_green} == {
+        (n, str(M)) for n in (64, 96) for M in (128, 256, 512, 1024)
+    }
 
 
 def test_the_page_is_written(tmp_path):
-    from dataclasses import asdict
-
-    from experiments.harness import append_row
-
     path, out = tmp_path / "kernels.csv", tmp_path / "kernels.md"
     for r in [*CEILINGS, reading("sample", "ours", 1.0, shape="B=256 V=151936 greedy")]:
         append_row(path, asdict(r))
-    main(["--csv", str(path), "--out", str(out)])
+    main(["--csv", str(path), "--engine-csv", str(tmp_path / "none"), "--out", str(out)])
     assert "| sample | B=256 V=151936 greedy | at most 1.50 reads of the logits | 2.00" in (
         out.read_text()
     )

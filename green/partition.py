@@ -1,0 +1,124 @@
+"""How many SMs each stage of a split gets: what is asked for, and what a device grants.
+
+Pure arithmetic, of what CUDA's guide says about the grain and what a driver did with 132 SMs. What
+a device really granted, `streams` reads back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+
+@dataclass(frozen=True)
+class Grain:
+    """What an architecture can tell apart: SMs come in groups that share hardware."""
+
+    least: int  # SMs of the smallest partition
+    step: int  # SMs: every partition but the rest is a multiple
+
+
+# by major compute capability, the later ones like 9; as in CUDA's guide to green contexts
+GRAINS = {6: Grain(1, 1), 7: Grain(2, 2), 8: Grain(4, 2), 9: Grain(8, 8)}
+
+
+def grain(capability: tuple[int, int]) -> Grain:
+    """Of a compute capability (major, minor). ValueError where there are no green contexts."""
+    if capability[0] < min(GRAINS):
+        raise ValueError(f"capability must be 6.0 or later, got {'.'.join(map(str, capability))}")
+    return GRAINS[min(capability[0], max(GRAINS))]
+
+
+@lru_cache(maxsize=64)
+def legal_splits(
+    num_sms: int, capability: tuple[int, int], num_stages: int = 2
+) -> tuple[tuple[int, ...], ...]:
+    """Every way to give SMs of a device to so many stages, sorted; some may leave SMs idle.
+
+    Either each stage has a multiple of the grain, or one of them has the rest, all that the others
+    leave. ValueError where num_stages is below 1.
+    """
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be 1 or more, got {num_stages}")
+    of_device = grain(capability)
+    sizes = [n for n in range(of_device.step, num_sms + 1, of_device.step) if n >= of_device.least]
+    in_groups = _in_groups(num_sms, of_device)
+    # one stage is cut in one piece; several are put together from groups of the grain's size
+    found = {
+        split
+        for split in product(sizes, repeat=num_stages)
+        if sum(split) <= (in_groups if num_stages > 1 else num_sms)
+    }
+    for others in product(sizes, repeat=num_stages - 1):
+        rest = num_sms - sum(others)
+        if rest >= of_device.least and (num_stages <= 2 or sum(others) <= in_groups):
+            found |= {(*others[:i], rest, *others[i:]) for i in range(num_stages)}
+    return tuple(sorted(found))
+
+
+def _in_groups(num_sms: int, of_device: Grain) -> int:
+    """SMs that groups of the grain's size cover for sure: of 132 SMs a driver made 15 groups of 8,
+    not 16, for a group does not straddle what it shares."""
+    return (num_sms // of_device.step - 1) * of_device.step
+
+
+@dataclass(frozen=True)
+class Partition:
+    """SMs of each stage, as asked for and as the arithmetic says they will be granted."""
+
+    asked: tuple[int, ...]
+    granted: tuple[int, ...]
+    num_sms: int  # of the whole device
+    step: int  # SMs: the device's grain
+
+    @classmethod
+    def of(cls, asked: Sequence[int], num_sms: int, capability: tuple[int, int]) -> "Partition":
+        """The legal split that gives what was asked, or else falls least short; then the tightest.
+
+        So a count is rounded up to the grain, and where the last SMs do not fill a group, a stage
+        gets the rest. ValueError where a count is below the smallest partition, and where together
+        they are more than the device has.
+        """
+        asked, least, step = tuple(asked), grain(capability).least, grain(capability).step
+        if not asked or min(asked) < least:
+            raise ValueError(f"asked must be {least} or more SMs for each stage, got {asked}")
+        if sum(asked) > num_sms:
+            raise ValueError(
+                f"asked must add up to at most the device's {num_sms} SMs, got "
+                f"{' + '.join(map(str, asked))} = {sum(asked)}"
+            )
+
+        def cost(split: tuple[int, ...]) -> tuple[int, int, list[int], tuple[int, ...]]:
+            more = [got - want for got, want in zip(split, asked, strict=True)]
+            short, excess = -sum(n for n in more if n < 0), sum(n for n in more if n > 0)
+            ragged = [n % step for n in split]  # among equals the last stage gets the rest
+            return short, excess, ragged, split
+
+        splits = legal_splits(num_sms, capability, len(asked))
+        return cls(asked, min(splits, key=cost), num_sms, step)
+
+    @property
+    def rest(self) -> int | None:
+        """The stage that gets all that the others leave; None where each is cut out by itself."""
+        if len(self.granted) == 1 or self.idle_sms:
+            return None
+        ragged = [i for i, n in enumerate(self.granted) if n % self.step]
+        return ragged[0] if ragged else len(self.granted) - 1
+
+    @property
+    def idle_sms(self) -> int:
+        """SMs that no stage has."""
+        return self.num_sms - sum(self.granted)
+
+    @property
+    def group_sms(self) -> int:
+        """SMs in each of the equal groups that the device is cut into."""
+        cut_out = [n for i, n in enumerate(self.granted) if i != self.rest]
+        return cut_out[0] if len(cut_out) == 1 else self.step
+
+    @property
+    def num_groups(self) -> tuple[int, ...]:
+        """Groups of each stage; 0 for the one that gets the rest."""
+        return tuple(
+            0 if i == self.rest else n // self.group_sms for i, n in enumerate(self.granted)
+        )
