@@ -235,12 +235,13 @@ class PDCore(BaseCore):
         handoffs = self.scheduler.schedule_handoffs()
         here = {chunk.request for chunk in chunks}
         pushed = [h for h in handoffs if h.request in here]
-        if len(pushed) < len(handoffs):
-            self._start([h for h in handoffs if h.request not in here])
-        if not pushed:
-            return None
-        send = self.handoffs.push(pushed, chunks, self._events())
-        return lambda layers: send(layers, self._events())
+        others = [h for h in handoffs if h.request not in here]
+        try:
+            if others:
+                self._start(others)
+        finally:  # each is in the queue whatever happens, or its blocks would never come back
+            send = self.handoffs.push(pushed, chunks, self._events()) if pushed else None
+        return None if send is None else lambda layers: send(layers, self._events())
 
     def _hand_over(self) -> bool:
         """Start the hand-overs of prompts that are computed and for which decode has a row."""
