@@ -47,7 +47,8 @@ POLL_S = 10e-6  # how long the host sleeps where there is nothing to launch and 
 # from the decode device for milliseconds.
 MAX_CHUNKS = 64
 NUM_PUSH_GROUPS = 4  # groups of layers, each pushed while the next one is computed
-PUSH_TOKENS = {"slab": None, "push": 0, "auto": 1024}  # kv_handoff -> the shortest prompt pushed
+# kv_handoff -> the shortest prompt that is pushed, in tokens; that of auto is not measured yet
+PUSH_TOKENS = {"slab": None, "push": 0, "auto": 1024}
 
 
 class PDCore(BaseCore):
