@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import LLM, SamplingParams
-from experiments.bench_engine import engine_options
+from experiments.engine_sets import engine_options
 from experiments.harness import RESULTS, append_row, environment
 from experiments.serving import percentiles
 from experiments.shapes import SHAPES, write_config
