@@ -151,6 +151,9 @@ def _prefill_attention_kernel(
 
 PIPELINE_ROWS = CONSUMERS.value * ROWS.value
 MIN_BLOCK_B = 64  # lanes over the requests: one compiled kernel serves most batches
+# Queries a request, on average, from which the pipeline is the faster one: it holds one tile on an
+# SM, and a tile of few keys is mostly waiting.
+PIPELINE_MIN_QUERIES = 64
 
 
 def choose_tile(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -220,7 +223,8 @@ def prefill_attention(
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
         return out
-    if takes(q, kv_cache) and (tile is None or has_form(tile)):
+    is_long = num_tokens >= PIPELINE_MIN_QUERIES * num_requests if tile is None else has_form(tile)
+    if is_long and takes(q, kv_cache):
         tile = choose_pipeline_tile(head_dim) if tile is None else tile
         paging = kv_cache, block_table, cu_seqlens, context_lens
         _launch_pipeline(q, *paging, scale, out, tile=tile, num_sms=num_sms)

@@ -45,8 +45,8 @@ PLAIN_TILES = (
     (ring_tile(2, 64, 256, gated=False), 1.0),
     (ring_tile(2, 128, 128, gated=False), 1.01),
     (ring_tile(2, 64, 128, gated=False), 0.52),
-    (ring_tile(1, 64, 128, gated=False), 0.33),
-    (ring_tile(1, 64, 64, gated=False), 0.28),
+    (ring_tile(1, 64, 128, gated=False), 0.42),
+    (ring_tile(1, 64, 64, gated=False), 0.36),
 )
 GATED_TILES = (
     (ring_tile(2, 64, 128, gated=True), 1.0),
