@@ -40,7 +40,7 @@ import torch
 from experiments.engine_csv import EngineReading, migrate
 from experiments.engine_sets import CONFIGS, EngineSet, Reading, engine_sets
 from experiments.harness import RESULTS, append_row, cell
-from experiments.shapes import SHAPES, write_config
+from experiments.shapes import add_model_argument, checkpoint
 from experiments.workloads import CLOSED, POISSON
 
 LOADS = (0.5, 0.7, 0.9)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             engines
             for model in args.model
             for engines in engine_sets(
-                _checkpoint(model, Path(folder)),
+                checkpoint(model, Path(folder)),
                 args.configs,
                 _options(args),
                 device=args.device,
@@ -118,12 +118,7 @@ def _line(rows: Sequence[EngineReading]) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument(
-        "--model",
-        nargs="+",
-        default=["Qwen3-0.6B"],
-        help=f"one of {', '.join(SHAPES)}, or a folder with a config.json",
-    )
+    add_model_argument(p)
     p.add_argument("--configs", nargs="+", default=["one"], choices=CONFIGS)
     p.add_argument("--workloads", nargs="+", choices=[*CLOSED, *POISSON], metavar="WORKLOAD",
                    help=", ".join([*CLOSED, *POISSON]))  # fmt: skip
@@ -138,9 +133,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--enforce-eager", action="store_true")
     p.add_argument("--out", type=Path, default=RESULTS / "engine.csv")
     args = p.parse_args(argv)
-    for model in args.model:
-        if model not in SHAPES and not (Path(model) / "config.json").exists():
-            p.error(f"--model must be one of {', '.join(SHAPES)} or a folder, got {model!r}")
     num_gpus = 1 if args.configs == ["one"] else 2
     if args.device == "cuda" and torch.cuda.device_count() < num_gpus:
         p.error(f"--configs {args.configs} must have {num_gpus} GPUs, "
@@ -150,10 +142,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if any(not load > 0 for load in args.loads) or args.repeat < 1:
         p.error(f"--loads and --repeat must be positive, got {args.loads} and {args.repeat}")
     return args
-
-
-def _checkpoint(model: str, folder: Path) -> Path:
-    return write_config(model, folder / model) if model in SHAPES else Path(model)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from experiments import bench_engine, engine_sets, harness, shapes
+from experiments import bench_engine, claims, engine_sets, harness, shapes
 from experiments.engine_csv import FORMER_HEADERS, read_engine_csv
 from experiments.engine_sets import CONFIGS, engine_options
 from experiments.serving import Served
@@ -48,7 +48,7 @@ def argv(tmp_path, monkeypatch):
         "Qwen3-0.6B", tmp_path / "tiny", **TINY | {"vocab_size": MAX_TOKEN_ID + 1}
     )
     poisson = Poisson(20, 4, seconds=0.5, num_burst_requests=6)
-    monkeypatch.setitem(CLOSED, "batch1", lambda: at_once(3, 20, 5))
+    monkeypatch.setitem(CLOSED, "decode-heavy-4", lambda: at_once(3, 20, 5))
     monkeypatch.setitem(CLOSED, poisson.burst_name, poisson.burst)
     monkeypatch.setitem(POISSON, "poisson-1024-128", poisson)
     out = str(tmp_path / "results" / "engine.csv")
@@ -62,22 +62,22 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
     out.parent.mkdir()
     out.write_text(f"{FORMER_HEADERS[0]}\n{FIRST}\n")
     options = ["--configs", "pd", "replicas", "one", "--loads", "0.2", "0.4", "--max-num-seqs", "4"]
-    options += ["--enforce-eager", "--workloads", "poisson-1024-128", "batch1"]
+    options += ["--workloads", "poisson-1024-128", "decode-heavy-4"]
     bench_engine.main([*argv, *options])
     first, *rows = read_engine_csv(out)
     assert (first.model, first.config) == ("Qwen3-8B", "one")
     assert Counter((r.config, r.gpus, r.max_num_seqs, r.workload) for r in rows) == {
-        ("one", 1, 4, "batch1"): 2,
-        ("replicas", 2, 4, "batch1"): 2,
+        ("one", 1, 4, "decode-heavy-4"): 2,
+        ("replicas", 2, 4, "decode-heavy-4"): 2,
         ("replicas", 2, 4, "burst-20-4"): 2,
         ("replicas", 2, 4, "poisson-1024-128"): 2,
-        ("pd", 2, 8, "batch1"): 2,
+        ("pd", 2, 8, "decode-heavy-4"): 2,
         ("pd", 2, 8, "poisson-1024-128"): 2,
     }
-    assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny" and rows[0].eager
+    assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny"
     assert rows[0].gpu.startswith("cpu ") and rows[0].commit
     for r in rows:
-        if r.workload == "batch1":
+        if r.workload == "decode-heavy-4":
             assert (r.requests, r.prompt_tokens, r.output_tokens) == (3, 60, 15)
             assert 0 < r.ttft_ms_p50 < 1e3 * r.seconds and r.tpot_ms_p50 > 0
     capacity = max(6 / r.seconds for r in rows if r.workload == "burst-20-4")
@@ -93,6 +93,8 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "tiny one and replicas: up" in printed and "tiny pd: up" in printed
     assert len(printed.splitlines()) == 1 + 2 + 3 + 5  # header, sets, closed, of Poisson arrivals
+    claims.main(["--from", str(out), "--model", "tiny", "--csv", str(tmp_path / "claims.csv")])
+    assert "| 3 | decode-heavy, 4 prompts, throughput | tiny | 1.20x |" in capsys.readouterr().out
 
 
 class InstantReplicas:
@@ -167,17 +169,17 @@ def test_all_is_measured_but_bursts_for_themselves():
 
 def test_short_workloads_are_read_again(argv, tmp_path, instant):
     """Until two seconds are measured: they take one second on one device, two on replicas."""
-    bench_engine.main([*argv, "--configs", "one", "replicas", "--workloads", "batch1"])
+    bench_engine.main([*argv, "--configs", "one", "replicas", "--workloads", "decode-heavy-4"])
     instant.setattr(engine_sets, "READ_SECONDS", 100.0)
-    bench_engine.main([*argv, "--workloads", "batch1"])
-    bench_engine.main([*argv, "--workloads", "batch1", "--repeat", "9"])
+    bench_engine.main([*argv, "--workloads", "decode-heavy-4"])
+    bench_engine.main([*argv, "--workloads", "decode-heavy-4", "--repeat", "9"])
     rows = read_engine_csv(tmp_path / "results" / "engine.csv")
     assert [r.config for r in rows[:3]] == ["one", "one", "replicas"]
     assert len(rows[3:]) == engine_sets.MAX_READINGS + 9
 
 
 def test_a_configuration_that_fails_costs_no_other_one(argv, tmp_path, instant, capsys):
-    workloads = ["--workloads", "batch1", "poisson-1024-128", "fixed"]
+    workloads = ["--workloads", "decode-heavy-4", "poisson-1024-128", "fixed"]
     instant.setattr(InstantReplicas, "failing", "mixed")
     with pytest.raises(SystemExit) as failure:
         bench_engine.main([*argv, "--configs", "one", "replicas", "pd", *workloads])
@@ -185,7 +187,7 @@ def test_a_configuration_that_fails_costs_no_other_one(argv, tmp_path, instant, 
     assert "['one', 'replicas']: engine 0 ended: no memory" in capsys.readouterr().err
     rows = read_engine_csv(tmp_path / "results" / "engine.csv")
     # nobody knows the rates of the replicas: arrivals at others would tell nothing
-    assert [(r.config, r.workload) for r in rows] == [("pd", "batch1"), ("pd", "fixed")]
+    assert [(r.config, r.workload) for r in rows] == [("pd", "decode-heavy-4"), ("pd", "fixed")]
 
 
 def test_time_is_shared_out_and_no_workload_begun_behind_it(argv, tmp_path, instant, capsys):
@@ -219,7 +221,10 @@ def test_configurations():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model", "nowhere"], "--model must be one of Qwen3-0.6B, .* or a folder"),
+        (
+            ["--model", "nowhere"],
+            "--model: must be one of Qwen3-0.6B, .* or a folder, got 'nowhere'",
+        ),
         (["--loads", "0.5", "0"], "must be positive, got"),
         (["--repeat", "0"], "must be positive, got"),
         (["--device", "cuda", "--configs", "pd"], "must have 2 GPUs, got 0"),
