@@ -1,6 +1,8 @@
 """Set-up of every test: where kernels run, poisoned allocations, hypothesis profiles."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,3 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """Workers that share a GPU leave each other what a module's tests have kept."""
+    yield
+    if HAS_GPU and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -139,6 +139,7 @@ def poison(llm: LLM) -> None:
     with torch.inference_mode():
         for tensor in (llm._core.kv_cache.blocks, *(getattr(buffers, name) for name in names)):
             tensor.fill_(float("nan"))
+    torch.cuda.synchronize()  # the engine works on a stream of its own
 
 
 def test_prefill_graphs_under_load_give_the_tokens_of_eager(folder):
