@@ -1,6 +1,7 @@
 """Where stages run: on streams of their own, with or without SMs of their own, or all on one."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from green.driver import GreenContextError
 from green.streams import GreenStreams
 
 Work = Callable[[], None]
+MAX_TRIES = 4  # to have a partition's streams in hardware queues of their own
 
 
 class StageStreams(Protocol):
@@ -78,22 +80,9 @@ class GpuStreams:
         ValueError for numbers that no split of the device has, GreenContextError where it cannot be
         had, or has not two streams that run at the same time.
         """
-        from green.probe import are_concurrent
-
         if len(asked) != len(STAGES):
             raise ValueError(f"asked must be SMs for {' and '.join(STAGES)}, got {tuple(asked)}")
-        owner = GreenStreams.of(asked, device)
-        try:
-            if not are_concurrent(owner.streams):
-                raise GreenContextError(
-                    "cuGreenCtxStreamCreate",
-                    0,
-                    "streams in one hardware queue",
-                    "set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts, or make it again",
-                )
-        except BaseException:
-            owner.close()
-            raise
+        owner = _concurrent_streams(asked, device)
         name, granted = ":".join(map(str, owner.granted)), owner.granted
         return cls(owner.streams, name=name, granted=granted, grid=granted, owner=owner)
 
@@ -123,3 +112,23 @@ class GpuStreams:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _concurrent_streams(asked: Sequence[int], device: torch.device) -> GreenStreams:
+    """A partition whose streams run at the same time; see `GpuStreams.partitioned`."""
+    from green.probe import are_concurrent
+
+    with ExitStack() as turned_down:  # until the end: streams made anew then get other queues
+        for _ in range(MAX_TRIES):
+            owner = GreenStreams.of(asked, device)
+            kept = turned_down.enter_context(ExitStack())
+            kept.callback(owner.close)
+            if are_concurrent(owner.streams):
+                kept.pop_all()
+                return owner
+    raise GreenContextError(
+        "cuGreenCtxStreamCreate",
+        0,
+        "streams in one hardware queue",
+        "set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts",
+    )

@@ -9,7 +9,7 @@ import torch
 from engine import stage_streams
 from engine.happens_before import find_races
 from engine.stage_schedule import Placement, make_schedule
-from engine.stage_streams import GpuStreams, InOrder
+from engine.stage_streams import MAX_TRIES, GpuStreams, InOrder
 from green.driver import GreenContextError
 from green.streams import GreenContextUnsupported
 
@@ -90,23 +90,33 @@ def test_without_a_gpu_there_is_no_partition():
 class Owner:
     """A GreenStreams that notes whether it was closed."""
 
-    granted, streams, is_closed = (48, 84), (None, None), False
+    granted, streams = (48, 84), (None, None)
+
+    def __init__(self) -> None:
+        self.is_closed = False
 
     def close(self) -> None:
         self.is_closed = True
 
 
-@pytest.mark.parametrize("are_concurrent", [True, False])
-def test_streams_that_take_turns_are_given_back(monkeypatch, are_concurrent):
-    owner = Owner()
-    monkeypatch.setattr(stage_streams.GreenStreams, "of", lambda asked, device: owner)
-    monkeypatch.setattr("green.probe.are_concurrent", lambda streams: are_concurrent)
+@pytest.mark.parametrize("num_turned_down", range(MAX_TRIES + 1))
+def test_streams_that_take_turns_are_given_back(monkeypatch, num_turned_down):
+    owners: list[Owner] = []
+
+    def of(asked, device) -> Owner:
+        assert not any(owner.is_closed for owner in owners)  # or the same queue would come again
+        owners.append(Owner())
+        return owners[-1]
+
+    monkeypatch.setattr(stage_streams.GreenStreams, "of", of)
+    monkeypatch.setattr("green.probe.are_concurrent", lambda _: len(owners) > num_turned_down)
     device = torch.device("cuda")
-    if are_concurrent:
-        with GpuStreams.partitioned((48, 84), device) as streams:
-            assert streams.granted == (48, 84) and streams.name == "48:84"
-            assert not owner.is_closed
-    else:
+    if num_turned_down == MAX_TRIES:
         with pytest.raises(GreenContextError, match="streams in one hardware queue"):
             GpuStreams.partitioned((48, 84), device)
-    assert owner.is_closed
+    else:
+        with GpuStreams.partitioned((48, 84), device) as streams:
+            assert streams.granted == (48, 84) and streams.name == "48:84"
+            assert [owner.is_closed for owner in owners] == [True] * num_turned_down + [False]
+    assert len(owners) == min(num_turned_down + 1, MAX_TRIES)
+    assert all(owner.is_closed for owner in owners)
