@@ -23,7 +23,7 @@ from engine.staging import Staging
 # kernel: Triton programs on the source's SMs store to the peer; copy_engine: one batched call for
 # the DMA engines, which leaves the SMs to prefill; staged: through pinned host memory
 Way = Literal["kernel", "copy_engine", "staged"]
-DIRECT_WAY: Way = "kernel"
+DIRECT_WAY: Way = "kernel"  # where there is peer access; which is better is not measured yet
 
 Events = Sequence[torch.cuda.Event]
 

@@ -47,7 +47,8 @@ POLL_S = 10e-6  # how long the host sleeps where there is nothing to launch and 
 # from the decode device for milliseconds.
 MAX_CHUNKS = 64
 NUM_PUSH_GROUPS = 4  # groups of layers, each pushed while the next one is computed
-PUSH_TOKENS = {"slab": None, "push": 0, "auto": 1024}  # kv_handoff -> the shortest prompt pushed
+# kv_handoff -> the shortest prompt that is pushed, in tokens; that of auto is not measured yet
+PUSH_TOKENS = {"slab": None, "push": 0, "auto": 1024}
 
 
 class PDCore(BaseCore):
@@ -161,7 +162,7 @@ class PDCore(BaseCore):
         is_busy = self._launch_decode()
         is_busy |= self._launch_prefill()
         is_busy |= self._hand_over()
-        while not self._collect(on_token, ended) and not is_busy and self._num_in_flight:
+        while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
             time.sleep(POLL_S)
         if self.is_idle:
             self.drain()
@@ -199,8 +200,10 @@ class PDCore(BaseCore):
         }
 
     @property
-    def _num_in_flight(self) -> int:
-        return len(self._prefills) + len(self._decodes) + len(self.handoffs)
+    def _is_waiting(self) -> bool:
+        """Something is in flight that a request needs."""
+        num_in_flight = len(self._prefills) + len(self._decodes) + len(self.handoffs)
+        return num_in_flight > 0 and not self.is_idle
 
     def _launch_decode(self) -> bool:
         """One step ahead of the results: the next one feeds on tokens that are on the device."""
@@ -233,12 +236,13 @@ class PDCore(BaseCore):
         handoffs = self.scheduler.schedule_handoffs()
         here = {chunk.request for chunk in chunks}
         pushed = [h for h in handoffs if h.request in here]
-        if len(pushed) < len(handoffs):
-            self._start([h for h in handoffs if h.request not in here])
-        if not pushed:
-            return None
-        send = self.handoffs.push(pushed, chunks, self._events())
-        return lambda layers: send(layers, self._events())
+        others = [h for h in handoffs if h.request not in here]
+        try:
+            if others:
+                self._start(others)
+        finally:  # each is in the queue whatever happens, or its blocks would never come back
+            send = self.handoffs.push(pushed, chunks, self._events()) if pushed else None
+        return None if send is None else lambda layers: send(layers, self._events())
 
     def _hand_over(self) -> bool:
         """Start the hand-overs of prompts that are computed and for which decode has a row."""

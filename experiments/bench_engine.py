@@ -5,20 +5,31 @@
 Configurations: `one` device; `replicas`, two engines that each do all, one per GPU, requests dealt
 out in turn; `pd`, prefill on GPU 0 and decode on GPU 1. Each engine has a process of its own, and
 clocks start when all are up and have rehearsed the workload; time runs to the end of the last.
+Where both are asked for, `one` is the first of the replicas, while the other one is idle.
 
-Workloads: experiments/workloads.py. Poisson arrivals come at each of --loads times the capacity, in
-requests per second. The capacity of `replicas` and `pd` is the same, so that both get one trace at
-one absolute rate: what `replicas` reached in this run with the burst of that shape (a closed
-workload, measured first, the best of its readings). Without `replicas` it is what the configuration
-itself reached. `one` skips Poisson arrivals beside `replicas`, which is the same thing twice.
-Goodput counts requests with TTFT <= 500 ms and TPOT <= 20 ms.
+An engine decodes --max-num-seqs requests at a time, `pd` twice as many: it has one decode GPU for
+all requests, and so as many in flight as the replicas together. The column says how many it were.
 
---quick has fewer workloads, loads and repeats; none is made smaller. A row for each reading goes to
-experiments/results/engine.csv.
+Workloads: experiments/workloads.py, in the order of WORKLOADS, the most telling ones first. Short
+ones are read again until READ_SECONDS are measured. Poisson arrivals come at each of --loads times
+the capacity, in requests per second. The capacity of `replicas` and `pd` is the same, so that both
+get one trace at one absolute rate: what `replicas` reached in this run with the burst of that shape
+(a closed workload, measured first, the best of its readings). Without `replicas` it is what the
+configuration itself reached. `one` skips Poisson arrivals beside `replicas`, which is the same
+thing twice. Goodput counts requests with TTFT <= 500 ms and TPOT <= 20 ms.
+
+--quick has fewer workloads and loads; none is made smaller. --max-seconds bounds the run: each set
+of engines gets an equal share of what is left, start-up included, and begins no workload behind it.
+A row for each reading goes to experiments/results/engine.csv as soon as its workload is read, a
+line with the median one to the terminal, first the seconds since the start. What fails is reported,
+and the next configuration measured all the same; the exit code is then 1.
 """
 
 import argparse
+import math
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,91 +38,114 @@ from typing import Any
 import torch
 
 from experiments.engine_csv import EngineReading, migrate
-from experiments.harness import RESULTS, append_row, table
-from experiments.replicas import Replicas
-from experiments.serving import figures
-from experiments.shapes import SHAPES, write_config
-from experiments.workloads import BURSTS, CLOSED, POISSON, Workload
+from experiments.engine_sets import CONFIGS, EngineSet, Reading, engine_sets
+from experiments.harness import RESULTS, append_row, cell
+from experiments.shapes import add_model_argument, checkpoint
+from experiments.workloads import CLOSED, POISSON
 
 LOADS = (0.5, 0.7, 0.9)
 QUICK_LOADS = (0.8,)
 QUICK_WORKLOADS = (
     "long-prompts-256",
     "short-prompts",
-    "decode-heavy-4",
-    "decode-heavy-256",
-    "burst-256-64",
     "poisson-1024-128",
+    "decode-heavy-256",
+    "decode-heavy-4",
+    "burst-256-64",
 )
-# some last less than half a second: one reading says little
-MIN_REPEATS = {"batch1": 3, "decode-heavy-4": 3, "decode-heavy-256": 3, "burst-256-64": 3}
-CONFIGS = ("one", "replicas", "pd")  # in the order of a run: pd takes the rates of replicas
-TABLE = [
-    *("model", "workload", "config", "load", "output_tok_s", "goodput_req_s"),
-    *("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99"),
-]
+WORKLOADS = (
+    *QUICK_WORKLOADS,
+    "long-prompts-4096",
+    "offline",
+    "poisson-4096-256",
+    "fixed",
+    "batch1",
+)
+LINE = {
+    **{"workload": 17, "config": 9, "load": 5, "output_tok_s": 13, "goodput_req_s": 14},
+    **{"ttft_ms_p50": 12, "ttft_ms_p99": 12, "tpot_ms_p50": 12, "tpot_ms_p99": 12},
+}
 
-
-def engine_options(config: str, device: str) -> list[dict[str, Any]]:
-    """Options of each engine's LLM. device: cpu, or cuda for the GPUs 0 and 1."""
-    if config == "pd":
-        both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
-        return [{"device": device} | both]
-    num_engines = {"one": 1, "replicas": 2}[config]
-    return [{"device": "cpu" if device == "cpu" else f"cuda:{i}"} for i in range(num_engines)]
+Capacities = dict[tuple[str, str, str], float]  # (model, config, workload) -> requests per second
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, append each row to the CSV at once, print a table."""
+    """Measure, append the rows as they come, print a line for each workload."""
     args = _parse(argv)
+    start = time.perf_counter()
     migrate(args.out)
-    rows = []
-    for reading in _measure_all(args):
-        row = asdict(reading)
-        append_row(args.out, row)
-        rows.append({column: "" if row[column] is None else row[column] for column in TABLE})
-        print(*list(rows[-1].values())[:5], flush=True)
-    print(table(rows, TABLE))
+    has_failed, capacities, stamp = False, {}, {}
+    print("seconds" + "".join(name.rjust(width) for name, width in LINE.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [
+            engines
+            for model in args.model
+            for engines in engine_sets(
+                checkpoint(model, Path(folder)),
+                args.configs,
+                _options(args),
+                device=args.device,
+                max_num_seqs=args.max_num_seqs,
+            )
+        ]
+        for index, engines in enumerate(sets):
+            elapsed = time.perf_counter() - start
+            end = start + elapsed + (args.max_seconds - elapsed) / (len(sets) - index)
+            try:
+                with engines.replicas as replicas:
+                    _say(start, f"  {engines.model} {' and '.join(engines.configs)}: up")
+                    stamp = stamp or replicas.environment  # one for all: it tells this run
+                    for readings in _measure(engines, capacities, args, end):
+                        rows = [EngineReading(**reading, **stamp) for reading in readings]
+                        for row in rows:
+                            append_row(args.out, asdict(row))
+                        _say(start, _line(rows))
+            except (RuntimeError, AssertionError) as error:
+                has_failed = True
+                print(f"{engines.model} {engines.configs}: {error}", file=sys.stderr, flush=True)
+    if has_failed:
+        sys.exit(1)
+
+
+def _say(start: float, text: str) -> None:
+    print(f"{time.perf_counter() - start:7.1f}{text}", flush=True)
+
+
+def _line(rows: Sequence[EngineReading]) -> str:
+    median = sorted(rows, key=lambda row: row.seconds)[len(rows) // 2]
+    return "".join(cell(getattr(median, name)).rjust(width) for name, width in LINE.items())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument(
-        "--model",
-        nargs="+",
-        default=["Qwen3-0.6B"],
-        help=f"one of {', '.join(SHAPES)}, or a folder with a config.json",
-    )
+    add_model_argument(p)
     p.add_argument("--configs", nargs="+", default=["one"], choices=CONFIGS)
     p.add_argument("--workloads", nargs="+", choices=[*CLOSED, *POISSON], metavar="WORKLOAD",
                    help=", ".join([*CLOSED, *POISSON]))  # fmt: skip
     p.add_argument("--loads", nargs="+", type=float, help=f"shares of the capacity: {LOADS}")
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--repeat", type=int, default=1, help="readings of each closed workload")
+    p.add_argument("--max-seconds", type=float, default=math.inf)
+    p.add_argument("--repeat", type=int, default=1, help="readings of a closed workload, at least")
+    p.add_argument("--max-num-seqs", type=int, default=256)
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--max-model-len", type=int, default=4608)
     p.add_argument("--num-kv-blocks", type=int)
     p.add_argument("--enforce-eager", action="store_true")
     p.add_argument("--out", type=Path, default=RESULTS / "engine.csv")
     args = p.parse_args(argv)
-    for model in args.model:
-        if model not in SHAPES and not (Path(model) / "config.json").exists():
-            p.error(f"--model must be one of {', '.join(SHAPES)} or a folder, got {model!r}")
     num_gpus = 1 if args.configs == ["one"] else 2
     if args.device == "cuda" and torch.cuda.device_count() < num_gpus:
         p.error(f"--configs {args.configs} must have {num_gpus} GPUs, "
                 f"got {torch.cuda.device_count()}")  # fmt: skip
-    # bursts come with the arrivals that need them
-    full = [name for name in [*CLOSED, *POISSON] if name not in BURSTS]
-    args.workloads = args.workloads or (QUICK_WORKLOADS if args.quick else full)
+    args.workloads = args.workloads or (QUICK_WORKLOADS if args.quick else WORKLOADS)
     args.loads = args.loads or (QUICK_LOADS if args.quick else LOADS)
     if any(not load > 0 for load in args.loads) or args.repeat < 1:
         p.error(f"--loads and --repeat must be positive, got {args.loads} and {args.repeat}")
     return args
 
 
-def _measure_all(args: argparse.Namespace) -> Iterator[EngineReading]:
-    options: dict[str, Any] = {
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         "load_format": "dummy",
         "max_model_len": args.max_model_len,
         "num_kv_blocks": args.num_kv_blocks,
@@ -119,51 +153,40 @@ def _measure_all(args: argparse.Namespace) -> Iterator[EngineReading]:
         "max_num_batched_tokens": 16384,
         "enable_prefix_caching": False,
     }
-    stamp: dict[str, str] = {}  # one for all readings: it tells this run from others
-    for model in args.model:
-        capacities: dict[str, float] = {}
-        for config in [c for c in CONFIGS if c in args.configs]:
-            engines = engine_options(config, args.device)
-            with tempfile.TemporaryDirectory() as temporary:
-                in_shapes = model in SHAPES
-                folder = write_config(model, Path(temporary)) if in_shapes else Path(model)
-                with Replicas(folder, [options | own for own in engines]) as replicas:
-                    stamp = stamp or replicas.environment
-                    common = {"model": model if in_shapes else folder.name, "config": config}
-                    common |= {"gpus": 1 if config == "one" else 2, "eager": args.enforce_eager}
-                    for fields in _measure(replicas, config, capacities, args):
-                        yield EngineReading(**common, **fields, **stamp)
 
 
 def _measure(
-    replicas: Replicas, config: str, capacities: dict[str, float], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Every workload on one configuration; its bursts leave their capacities for the next."""
-    is_half = config == "one" and "replicas" in args.configs
-    poisson = [] if is_half else [name for name in args.workloads if name in POISSON]
-    bursts = [POISSON[name].burst_name for name in poisson]
-    is_reference = config == "replicas" or "replicas" not in args.configs
-    for name in dict.fromkeys([*(n for n in args.workloads if n in CLOSED), *bursts]):
-        workload = CLOSED[name]()
-        best = 0.0
-        for reading in _read(replicas, workload, max(args.repeat, MIN_REPEATS.get(name, 1))):
-            best = max(best, reading["requests"] / reading["seconds"])
-            yield {"workload": name} | reading
-        if is_reference:
-            capacities[name] = best
-    for name in poisson:
-        for load in args.loads:
-            rate = load * capacities[POISSON[name].burst_name]
-            for reading in _read(replicas, POISSON[name].at_rate(rate), 1):
-                yield {"workload": name, "load": load, "rate": round(rate, 3)} | reading
+    engines: EngineSet, capacities: Capacities, args: argparse.Namespace, end: float
+) -> Iterator[list[Reading]]:
+    """Readings of each workload on each configuration; those of bursts leave their capacities
+    behind. end: time.perf_counter() from which on no workload is begun."""
+    for name in args.workloads:
+        if time.perf_counter() >= end:
+            print(f"no time left for {name} and what follows", file=sys.stderr, flush=True)
+            return
+        if name in CLOSED:
+            engines.rehearse(CLOSED[name]())
+            for config in engines.configs:
+                yield engines.read_closed(config, name, args.repeat)
+        else:
+            yield from _arrivals(engines, name, capacities, args)
 
 
-def _read(replicas: Replicas, workload: Workload, repeats: int) -> Iterator[dict[str, Any]]:
-    # kernels that this workload is the first to need are compiled before the clock starts
-    replicas.run(workload.rehearsal())
-    for _ in range(repeats):
-        served, seconds = replicas.run(workload)
-        yield figures(workload, served, seconds)
+def _arrivals(
+    engines: EngineSet, name: str, capacities: Capacities, args: argparse.Namespace
+) -> Iterator[list[Reading]]:
+    config, poisson = engines.configs[-1], POISSON[name]
+    reference = "replicas" if "replicas" in args.configs else config
+    key = (engines.model, reference, name)
+    engines.rehearse(poisson.burst())
+    if config == reference:
+        readings = engines.read_closed(config, poisson.burst_name, args.repeat)
+        capacities[key] = max(r["requests"] / r["seconds"] for r in readings)
+        yield readings
+    for load in args.loads if key in capacities else ():
+        rate = load * capacities[key]
+        reading = engines.read(config, name, poisson.at_rate(rate))
+        yield [reading | {"load": load, "rate": round(rate, 3)}]
 
 
 if __name__ == "__main__":

@@ -6,13 +6,18 @@ from typing import Any, get_args, get_type_hints
 
 from experiments.harness import append_row, read_rows
 
-# before there were configurations: one device, medians alone
-FIRST_HEADER = (
+FORMER_HEADERS = (
+    # before there were configurations: one device, medians alone
     "model,workload,eager,requests,prompt_tokens,output_tokens,seconds,output_tok_s,"
-    "ttft_ms_median,tpot_ms_median,preemptions,date,gpu,torch,triton,driver,commit"
+    "ttft_ms_median,tpot_ms_median,preemptions,date,gpu,torch,triton,driver,commit",
+    # before engines of different sizes were compared
+    "model,workload,config,gpus,load,rate,eager,requests,prompt_tokens,output_tokens,seconds,"
+    "output_tok_s,ttft_ms_mean,ttft_ms_p50,ttft_ms_p99,tpot_ms_mean,tpot_ms_p50,tpot_ms_p99,"
+    "itl_ms_mean,itl_ms_p50,itl_ms_p99,goodput_req_s,preemptions,"
+    "date,gpu,torch,triton,driver,commit",
 )
-FORMER_NAMES = {"ttft_ms_p50": "ttft_ms_median", "tpot_ms_p50": "tpot_ms_median"}
-FORMERLY = {"config": "one", "gpus": "1"}  # what no column had to say
+FORMER_NAMES = {"ttft_ms_median": "ttft_ms_p50", "tpot_ms_median": "tpot_ms_p50"}
+FORMERLY = {"config": "one", "gpus": "1", "max_num_seqs": "256"}  # what no column had to say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,7 @@ class EngineReading:
     workload: str
     config: str  # one | replicas | pd
     gpus: int
+    max_num_seqs: int  # of each engine: requests that decode at a time
     load: float | None = None  # of Poisson arrivals: their rate as a share of the capacity
     rate: float | None = None  # arrivals per second
     eager: bool
@@ -74,15 +80,17 @@ def read_engine_csv(path: Path) -> list[EngineReading]:
 
 
 def migrate(path: Path) -> None:
-    """Rewrite an engine.csv of the first columns with those of today; others stay as they are.
+    """Rewrite an engine.csv of former columns with those of today; others stay as they are.
 
     What was not measured then stays empty; every value is kept to the letter.
     """
-    if not path.exists() or path.read_text().partition("\n")[0] != FIRST_HEADER:
+    header = path.read_text().partition("\n")[0] if path.exists() else ""
+    if header not in FORMER_HEADERS:
         return
     new = path.with_suffix(".csv.new")
-    for row in read_rows(path, FIRST_HEADER.split(",")):
-        append_row(new, {c: row.get(FORMER_NAMES.get(c, c), FORMERLY.get(c, "")) for c in COLUMNS})
+    for row in read_rows(path, header.split(",")):
+        known = FORMERLY | {FORMER_NAMES.get(column, column): row[column] for column in row}
+        append_row(new, {column: known.get(column, "") for column in COLUMNS})
     new.replace(path)  # at once: an interrupted run loses nothing
 
 

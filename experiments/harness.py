@@ -79,7 +79,7 @@ def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
 
 def table(rows: list[Mapping[str, Any]], columns: list[str]) -> str:
     """The rows as aligned text, for the end of a run."""
-    cells = [columns, *([_text(row[column]) for column in columns] for row in rows)]
+    cells = [columns, *([cell(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -87,5 +87,8 @@ def table(rows: list[Mapping[str, Any]], columns: list[str]) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def cell(value: Any) -> str:
+    """What a table shows of a value: four digits of a float, nothing of None."""
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

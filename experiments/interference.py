@@ -14,16 +14,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from engine import LLM, SamplingParams
-from experiments.bench_engine import engine_options
+from experiments.engine_sets import engine_options
 from experiments.harness import RESULTS, append_row, environment
 from experiments.serving import percentiles
-from experiments.shapes import SHAPES, write_config
+from experiments.shapes import add_model_argument, checkpoint
 from experiments.workloads import at_once
 
 AIMS = {"itl_ms_p99": 1.10, "itl_ms_mean": 1.05}  # at most: prefill flat out over prefill idle
@@ -125,7 +125,8 @@ def _take_all(stream: Stream) -> None:
 
 def measure(llm: LLM, sizes: Sizes, rounds: int) -> Iterator[dict[str, Any]]:
     """Readings in turn: prefill alone, then decode beside idle and busy prefill."""
-    decode_beside(llm, sizes, is_busy=True)  # kernels that are compiled at first use
+    # what is compiled at first use, without all the tokens
+    decode_beside(llm, replace(sizes, output_len=2 * sizes.first_token), is_busy=True)
     counts = {"requests": sizes.num_requests, "context": sizes.context}
     counts |= {"output_len": sizes.output_len, "prompt_len": sizes.prompt_len}
     yield {"prefill": "alone"} | counts | prefill_alone(llm, sizes)
@@ -162,7 +163,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None, sizes: Sizes = Sizes()) -> None:
     """Measure each model, append the rows, print the ratios."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", nargs="+", default=["Qwen3-0.6B"], choices=SHAPES)
+    add_model_argument(p)
     p.add_argument("--config", default="pd", choices=["one", "pd"])
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--rounds", type=int, default=3)
@@ -175,9 +176,10 @@ def main(argv: Sequence[str] | None = None, sizes: Sizes = Sizes()) -> None:
     for model in args.model:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
-            with LLM(write_config(model, Path(folder)), **options) as llm:
+            source = checkpoint(model, Path(folder))
+            with LLM(source, **options) as llm:
                 for reading in measure(llm, sizes, args.rounds):
-                    row = {"model": model, "config": args.config} | reading | stamp
+                    row = {"model": source.name, "config": args.config} | reading | stamp
                     append_row(args.out, row)
                     rows.append(row)
         print(summary(rows), flush=True)

@@ -8,6 +8,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -18,62 +19,69 @@ from experiments.harness import environment
 from experiments.serving import Served, serve, sleep_until
 from experiments.workloads import Workload
 
-LEAD_SECONDS = 0.05  # between the word to start and the start, so that all have heard it
+LEAD_SECONDS = 0.02  # between the word to start and the start, so that all have heard it
 
 
 class Replicas:
-    """LLMs over one checkpoint. Use it in a `with` statement."""
+    """LLMs over one checkpoint, on their devices within a `with` statement alone."""
 
     def __init__(self, folder: Path, options: Sequence[dict[str, Any]]) -> None:
-        """options: of each LLM. Returns when weights are loaded, graphs captured and a first
-        prompt answered everywhere. RuntimeError, with the cause, where one fails, then or later."""
+        """options: of each LLM. Starts the processes; they import what they need, which takes
+        seconds, and touch no device yet, so that this may be done while others are measured."""
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.environment: dict[str, str] = {}  # the first engine's, once it is loaded
         self._connections: list[Connection] = []
         self._processes: list[SpawnProcess] = []
+        for own_options in options:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, folder, own_options), daemon=True)
+            process.start()
+            theirs.close()  # or the end of the process would not be seen
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> "Replicas":
+        """Returns when weights are loaded, graphs captured and a first prompt answered everywhere.
+        RuntimeError, with the cause, where one fails, here or later."""
         try:
-            for own_options in options:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, folder, own_options))
-                process.start()
-                theirs.close()  # or the end of the process would not be seen
-                self._connections.append(ours)
-                self._processes.append(process)
-            self.environment: dict[str, str] = self._receive()[0]
+            self._send(["load"] * len(self._connections))
+            self.environment = self._receive()[0]
         except BaseException:
             self._kill()
             raise
-
-    def __enter__(self) -> "Replicas":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """RuntimeError where an engine cannot end as it should, say with blocks still held."""
         if kind is None:
-            for connection in self._connections:
-                connection.send(None)
-            for process in self._processes:
-                process.join(timeout=60)
-        self._kill()
+            self._send([None] * len(self._connections))
+            self._receive()
+        self._kill()  # they have nothing left to do but to unload libraries, for a second or two
 
-    def run(self, workload: Workload) -> tuple[list[Served], float]:
-        """Deal the requests out in turn and serve them.
+    def run(self, workload: Workload, num_engines: int | None = None) -> tuple[list[Served], float]:
+        """Deal the requests out in turn, to all engines or the first num_engines, and serve them.
 
         Returns what became of each, and the seconds from the common start to the end of the last.
         """
-        num_replicas = len(self._connections)
-        for index, connection in enumerate(self._connections):
-            connection.send(workload.part(index, num_replicas))
-        self._receive()  # all have taken their part and wait: the barrier
+        num_parts = len(self._connections[:num_engines])
+        self._send([workload.part(index, num_parts) for index in range(num_parts)])
+        self._receive(num_parts)  # all have taken their part and wait: the barrier
         start = time.perf_counter() + LEAD_SECONDS  # one clock for all processes of a machine
-        for connection in self._connections:
-            connection.send(start)
-        results = self._receive()
+        self._send([start] * num_parts)
+        results = self._receive(num_parts)
         served = [request for part, _ in results for request in part]
         return served, max(end for _, end in results) - start
 
-    def _receive(self) -> list[Any]:
+    def _send(self, messages: Sequence[Any]) -> None:
+        """One message to each engine, to the first ones where there are fewer."""
+        for connection, message in zip(self._connections, messages, strict=False):
+            with suppress(OSError):  # one that has ended is noticed, with its cause, by `_receive`
+                connection.send(message)
+
+    def _receive(self, num_engines: int | None = None) -> list[Any]:
         """One answer of each; all are killed where one fails, for the others wait for it."""
         answers = []
-        for index, connection in enumerate(self._connections):
+        for index, connection in enumerate(self._connections[:num_engines]):
             try:
                 answer, failure = connection.recv()
             except (EOFError, ConnectionResetError):
@@ -88,6 +96,7 @@ class Replicas:
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.join()
         for connection in self._connections:
             connection.close()
@@ -97,15 +106,18 @@ class Replicas:
 def _work(connection: Connection, folder: Path, options: dict[str, Any]) -> None:
     """The process of one engine. Answers are (answer, None) or (None, why it failed)."""
     try:
+        connection.recv()
         with LLM(folder, **options) as llm:
             llm.generate([[1] * 300] * 4, SamplingParams(max_tokens=8, ignore_eos=True))
             connection.send((environment(options["device"]), None))
             while (workload := connection.recv()) is not None:
-                connection.send((None, None))
+                # params are made here, before the clock starts
+                connection.send((len(workload.params), None))
                 start = connection.recv()
                 sleep_until(start)
                 served = serve(llm, workload, start)
                 connection.send(((served, time.perf_counter()), None))
+        connection.send((None, None))
     except EOFError:  # the one who asks is gone
         pass
     except Exception:

@@ -1,5 +1,6 @@
 """The config.json of the models that are measured with dummy weights, written where they run."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,27 @@ def write_config(model: str, folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[model] | changes, indent=2))
     return folder
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """--model: one or several that `checkpoint` knows; others are an error of the command line."""
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["Qwen3-0.6B"],
+        type=_known,
+        help=f"{', '.join(SHAPES)}, or a folder with a config.json",
+    )
+
+
+def _known(model: str) -> str:
+    if model not in SHAPES and not (Path(model) / "config.json").exists():
+        names = ", ".join(SHAPES)
+        raise argparse.ArgumentTypeError(f"must be one of {names} or a folder, got {model!r}")
+    return model
+
+
+def checkpoint(model: str, folder: Path) -> Path:
+    """A folder with the config.json of `model`: made in `folder` for one of SHAPES, else `model`
+    itself. Its name is the model's."""
+    return write_config(model, folder / model) if model in SHAPES else Path(model)

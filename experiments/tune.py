@@ -25,8 +25,8 @@ from experiments.kernel_case import BOUND, Draw, row_error
 from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
 from kernels import Tile, gemv, reference
-from kernels.linear import THIN_M
 from kernels.linear import choose_tile as choose_matmul_tile
+from kernels.linear import is_for_tall
 from kernels.tall_matmul import has_form, ring_tile
 from kernels.tile import device_sms
 from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
@@ -76,7 +76,8 @@ class Product:
             self.dtype,
             gated=self.kernel == "gate_up",
             num_sms=num_sms,
-            is_tall=self.num_tokens > THIN_M and self.dtype.itemsize == 2,
+            is_tall=self.dtype.itemsize == 2
+            and is_for_tall(self.num_tokens, self.width, self.depth),
         )
 
     def build(

@@ -1,6 +1,7 @@
 """What the Gluon kernels for Hopper share: names that differ between Tritons, and descriptors."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -18,6 +19,7 @@ thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 gdc_wait = tl.extra.cuda.gdc_wait
 gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 
+PIECE_D = gl.constexpr(64)  # elements of a head that TMA moves at a time: the widest swizzle
 ALIGNMENT = 16  # bytes, of a row's start: the copy engine's unit
 GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -31,6 +33,19 @@ def reinterpret(buffers, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
         return buffers.reinterpret(buffers.dtype, SHAPE, LAYOUT)
     else:
         return buffers._reinterpret(buffers.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
+def block_rows(table_ptr, block, num_blocks, rows_per_block, past, COUNT: gl.constexpr):
+    """First rows in the pool of COUNT blocks; past, which reads as zeros, where there are none."""
+    is_there = block < num_blocks
+    row = gl.load(table_ptr + block, mask=is_there, other=0) * rows_per_block
+    row = gl.where(is_there, row, past)
+    if COUNT == 1:
+        return (row,)
+    else:
+        rest = block_rows(table_ptr, block + 1, num_blocks, rows_per_block, past, COUNT - 1)
+        return (row,) + rest  # noqa: RUF005  Triton knows no star in a tuple
 
 
 @lru_cache(maxsize=64)
@@ -57,3 +72,38 @@ def describe(
 @lru_cache(maxsize=64)
 def _layout(rows: int, cols: int, dtype: gl.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
+
+
+def is_pool_matrix(kv_cache: Tensor) -> bool:
+    """Whether one layer of a 16-bit pool, [num_blocks, 2, block_size, H_KV, D], is a matrix to the
+    copy engine: heads of 64 or 128 one after the other, blocks and keys a whole number of slots
+    apart."""
+    block, pair, slot, head, _ = kv_cache.stride()
+    _, _, block_size, _, head_dim = kv_cache.shape
+    return (
+        head_dim in (64, 128)
+        and block_size in (8, 16, 32, 64)
+        and head == head_dim
+        and block % slot == pair % slot == 0
+        and slot * 2 % ALIGNMENT == kv_cache.data_ptr() % ALIGNMENT == 0
+    )
+
+
+class PoolMatrix(NamedTuple):
+    """One layer of a pool as a matrix with a row for each slot; between two blocks lie the rows of
+    other layers."""
+
+    desc: TensorDescriptor  # of [block_size, PIECE_D] at a time
+    rows_per_block: int  # from block to block
+    rows_to_v: int  # from a block's keys to its values
+    num_rows: int  # also a row that is not there, and reads as zeros
+
+
+def describe_pool(kv_cache: Tensor) -> PoolMatrix:
+    """kv_cache: one layer for which `is_pool_matrix`."""
+    num_blocks, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    block, pair, slot = kv_cache.stride()[:3]
+    num_rows = ((num_blocks - 1) * block + pair) // slot + block_size
+    shape = (num_rows, num_kv_heads * head_dim)
+    desc = describe(kv_cache, block_size, PIECE_D.value, shape=shape, stride=slot)
+    return PoolMatrix(desc, block // slot, pair // slot, num_rows)

@@ -13,11 +13,20 @@ from kernels import tall_matmul, thin_matmul
 from kernels.gemv import launch_gemv
 from kernels.norm import row_rstd
 from kernels.tall_matmul import TALL_BLOCK_M, launch_tall_matmul
-from kernels.thin_matmul import launch_thin_matmul
+from kernels.thin_matmul import HEAD_WIDTH, launch_thin_matmul
 from kernels.tile import Tile, device_sms, output, require_shape, require_unit_stride
 from kernels.tiles import matmul_shape, tuned_tile
 
-THIN_M = 64  # tokens up to which a product stays bound by reading weights
+THIN_M = 16  # tokens up to which `thin_matmul` reads deep rows of weights as fast as any
+DEEP_K = 4096  # elements in such a row
+
+
+def is_for_tall(num_tokens: int, width: int, depth: int) -> bool:
+    """Whether `tall_matmul`, where it takes the product at all, is the faster one, as found on an
+    H100: a vocabulary is the better read by small programs, up to the rows of its smallest tile."""
+    if width >= HEAD_WIDTH:
+        return num_tokens > TALL_BLOCK_M
+    return num_tokens > THIN_M or depth < DEEP_K
 
 
 def choose_tile(
@@ -52,7 +61,11 @@ def launch_matmul(
     if num_tokens == 1 and (tile is None or tile.BLOCK_M == 1):
         launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
         return
-    is_tall = num_tokens > THIN_M and tall_matmul.takes(x, weight, residual, out)
+    if tile is None:
+        is_tall = is_for_tall(num_tokens, N, K)
+    else:
+        is_tall = tall_matmul.has_form(tile, gated=gated)
+    is_tall = is_tall and tall_matmul.takes(x, weight, residual, out)
     if tile is None:
         sms = device_sms(x.device) if num_sms is None else num_sms
         tile = choose_tile(num_tokens, N, x.dtype, gated=gated, num_sms=sms, is_tall=is_tall)
@@ -60,7 +73,7 @@ def launch_matmul(
         rstd = None
     else:
         rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
-    launch = launch_tall_matmul if is_tall and tile.BLOCK_M >= TALL_BLOCK_M else launch_thin_matmul
+    launch = launch_tall_matmul if is_tall else launch_thin_matmul
     launch(x, weight, bias, residual, rstd, out, gated=gated, tile=tile, num_sms=num_sms)
 
 

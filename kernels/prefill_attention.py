@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import hopper
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.prefill_load import CONSUMERS, PIECE_D, ROWS
+from kernels.prefill_load import CONSUMERS, ROWS
 from kernels.prefill_pipeline import _prefill_pipeline_kernel
 from kernels.tile import (
     Tile,
@@ -151,6 +151,9 @@ def _prefill_attention_kernel(
 
 PIPELINE_ROWS = CONSUMERS.value * ROWS.value
 MIN_BLOCK_B = 64  # lanes over the requests: one compiled kernel serves most batches
+# Queries a request, on average, from which the pipeline is the faster one: it holds one tile on an
+# SM, and a tile of few keys is mostly waiting.
+PIPELINE_MIN_QUERIES = 64
 
 
 def choose_tile(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -168,20 +171,11 @@ def choose_pipeline_tile(head_dim: int) -> Tile:
 
 
 def takes(q: Tensor, kv_cache: Tensor) -> bool:
-    """Whether `prefill_pipeline` can: Hopper, a 16-bit dtype, heads of 64 or 128 one after the
-    other, blocks and keys a whole number of slots apart."""
-    if q.dtype not in hopper.GL_DTYPES or not hopper.has_wgmma(q.device):
-        return False
-    block, pair, slot, head, _ = kv_cache.stride()
-    _, _, block_size, _, head_dim = kv_cache.shape
-    return (
-        head_dim in (64, 128)
-        and block_size in (8, 16, 32, 64)
-        and head == q.stride(1) == head_dim
-        and block % slot == pair % slot == 0
-        and slot * 2 % hopper.ALIGNMENT == kv_cache.data_ptr() % hopper.ALIGNMENT == 0
-        and hopper.is_aligned(q)
-    )
+    """Whether `prefill_pipeline` can: Hopper, a 16-bit dtype, heads of q one after the other, a
+    pool that is a matrix to the copy engine."""
+    is_known = q.dtype in hopper.GL_DTYPES and hopper.has_wgmma(q.device)
+    is_matrix = q.stride(1) == q.shape[2] and hopper.is_aligned(q)
+    return is_known and is_matrix and hopper.is_pool_matrix(kv_cache)
 
 
 def has_form(tile: Tile) -> bool:
@@ -220,7 +214,8 @@ def prefill_attention(
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
         return out
-    if takes(q, kv_cache) and (tile is None or has_form(tile)):
+    is_long = num_tokens >= PIPELINE_MIN_QUERIES * num_requests if tile is None else has_form(tile)
+    if is_long and takes(q, kv_cache):
         tile = choose_pipeline_tile(head_dim) if tile is None else tile
         paging = kv_cache, block_table, cu_seqlens, context_lens
         _launch_pipeline(q, *paging, scale, out, tile=tile, num_sms=num_sms)
@@ -269,19 +264,15 @@ def _launch_pipeline(
 ) -> None:
     """Launch over arguments that the caller has checked and that the pipeline `takes`."""
     num_tokens, num_heads, head_dim = q.shape
-    num_blocks, _, block_size, num_kv_heads, _ = kv_cache.shape
     num_requests = len(context_lens)
-    block, pair, slot = kv_cache.stride()[:3]
-    # one layer of the pool as a matrix, a row for each slot; between two blocks lie other layers'
-    num_rows = ((num_blocks - 1) * block + pair) // slot + block_size
-    pool_shape = (num_rows, num_kv_heads * head_dim)
+    pool = hopper.describe_pool(kv_cache)
     sms = device_sms(q.device) if num_sms is None else num_sms
     most_tiles = num_tokens // PIPELINE_ROWS + num_requests
     _prefill_pipeline_kernel[(min(sms, most_tiles * num_heads),)](
         hopper.describe(
             q, ROWS.value, head_dim, shape=(num_tokens, num_heads * head_dim), stride=q.stride(0)
         ),
-        hopper.describe(kv_cache, block_size, PIECE_D.value, shape=pool_shape, stride=slot),
+        pool.desc,
         block_table,
         cu_seqlens,
         context_lens,
@@ -290,12 +281,12 @@ def _launch_pipeline(
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
-        block // slot,
-        pair // slot,
-        num_rows,
+        pool.rows_per_block,
+        pool.rows_to_v,
+        pool.num_rows,
         num_requests,
         num_heads,
-        num_heads // num_kv_heads,
+        num_heads // kv_cache.shape[3],
         BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages,

@@ -5,12 +5,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
-from kernels.hopper import gdc_wait, tma_load
+from kernels.hopper import PIECE_D, block_rows, gdc_wait, tma_load
 from kernels.prefill_deal import deal, num_turns
 
 ROWS = gl.constexpr(64)  # queries of a consumer: the rows of a wgmma
 CONSUMERS = gl.constexpr(2)
-PIECE_D = gl.constexpr(64)  # elements of a head that TMA moves at a time: the widest swizzle
 
 
 @aggregate
@@ -40,19 +39,6 @@ class Rings:
         self.v_empty = v_empty
         self.turns = turns
         self.STAGES = gl.constexpr(STAGES)
-
-
-@gluon.jit
-def _block_rows(table_ptr, block, num_blocks, rows_per_block, past, COUNT: gl.constexpr):
-    """First rows in the pool of COUNT blocks; past, which reads as zeros, where there are none."""
-    is_there = block < num_blocks
-    row = gl.load(table_ptr + block, mask=is_there, other=0) * rows_per_block
-    row = gl.where(is_there, row, past)
-    if COUNT == 1:
-        return (row,)
-    else:
-        rest = _block_rows(table_ptr, block + 1, num_blocks, rows_per_block, past, COUNT - 1)
-        return (row,) + rest  # noqa: RUF005  Triton knows no star in a tuple
 
 
 @gluon.jit
@@ -89,7 +75,7 @@ def load(
             table_ptr = block_table_ptr + item.request.to(gl.int64) * stride_table_b
             num_blocks = gl.cdiv(item.context_len, BLOCK_SIZE)
             column = item.head // group * D
-            ahead = _block_rows(table_ptr, step * 0, num_blocks, rows_per_block, past, COUNT)
+            ahead = block_rows(table_ptr, step * 0, num_blocks, rows_per_block, past, COUNT)
             mbarrier.wait(rings.q_bars.index(1), (taken & 1) ^ 1)
             mbarrier.expect(rings.q_bars.index(0), batch.BLOCK_M * D * 2)
             for c in gl.static_range(CONSUMERS):
@@ -99,11 +85,9 @@ def load(
             stage = step % STAGES
             mbarrier.wait(rings.k_empty.index(stage), (step // STAGES & 1) ^ 1)
             _load_step(kv_desc, rings.k, rings.k_full.index(stage), stage, ahead, 0, column, D)
-            ahead = _block_rows(
-                table_ptr, step * 0 + COUNT, num_blocks, rows_per_block, past, COUNT
-            )
+            ahead = block_rows(table_ptr, step * 0 + COUNT, num_blocks, rows_per_block, past, COUNT)
             for i in range(1, item.num_steps):
-                later = _block_rows(
+                later = block_rows(
                     table_ptr, (i + 1) * COUNT, num_blocks, rows_per_block, past, COUNT
                 )
                 next_stage = (step + 1) % STAGES
@@ -111,7 +95,7 @@ def load(
                 ready = rings.k_full.index(next_stage)
                 _load_step(kv_desc, rings.k, ready, next_stage, ahead, 0, column, D)
                 # read again: registers are scarce here, and these are in the cache
-                here = _block_rows(
+                here = block_rows(
                     table_ptr, (i - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
                 )
                 mbarrier.wait(rings.v_empty.index(stage), (step // STAGES & 1) ^ 1)
@@ -120,7 +104,7 @@ def load(
                 ahead = later
                 step += 1
                 stage = next_stage
-            here = _block_rows(
+            here = block_rows(
                 table_ptr, (item.num_steps - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
             )
             mbarrier.wait(rings.v_empty.index(stage), (step // STAGES & 1) ^ 1)

@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper import gdc_launch_dependents, gdc_wait, reinterpret, thread_barrier
+from kernels.hopper import PIECE_D, gdc_launch_dependents, gdc_wait, reinterpret, thread_barrier
 from kernels.prefill_deal import Batch, deal, num_turns
-from kernels.prefill_load import CONSUMERS, PIECE_D, ROWS, Rings, load
+from kernels.prefill_load import CONSUMERS, ROWS, Rings, load
 
 # three warp groups have 168 registers a thread, shared out anew once the producer has its own
 PRODUCER_REGISTERS = gl.constexpr(40)

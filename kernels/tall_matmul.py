@@ -45,8 +45,8 @@ PLAIN_TILES = (
     (ring_tile(2, 64, 256, gated=False), 1.0),
     (ring_tile(2, 128, 128, gated=False), 1.01),
     (ring_tile(2, 64, 128, gated=False), 0.52),
-    (ring_tile(1, 64, 128, gated=False), 0.33),
-    (ring_tile(1, 64, 64, gated=False), 0.28),
+    (ring_tile(1, 64, 128, gated=False), 0.42),
+    (ring_tile(1, 64, 64, gated=False), 0.36),
 )
 GATED_TILES = (
     (ring_tile(2, 64, 128, gated=True), 1.0),
@@ -54,11 +54,16 @@ GATED_TILES = (
     (ring_tile(2, 64, 64, gated=True), 0.61),
     (ring_tile(1, 64, 64, gated=True), 0.33),
 )
+# where all tokens fit one row of tiles, it is the weights' bytes that take the time
+FLAT_PLAIN_TILE = ring_tile(1, TALL_BLOCK_M, 64, gated=False)
+FLAT_GATED_TILE = ring_tile(1, TALL_BLOCK_M, 32, gated=True)
 
 
 def choose_tile(num_tokens: int, width: int, num_sms: int, *, gated: bool) -> Tile:
     """A tile for [num_tokens, depth] x [depth, width] on so many SMs: that whose fullest SM is
     through first."""
+    if num_tokens <= TALL_BLOCK_M:
+        return FLAT_GATED_TILE if gated else FLAT_PLAIN_TILE
 
     def cost(tile: Tile, time: float) -> float:
         num_tiles = cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)

@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from types import MethodType
 
+import torch
+
 from engine.block_manager import BlockManager
 from engine.handoff import KVLink
 from engine.kv_cache import KVCache
@@ -20,6 +22,7 @@ NAN = float("nan")
 class LateCopy:
     """What `KVLink.open` gives, as far as the engine uses it."""
 
+    @torch.inference_mode()
     def __init__(self, link: "LateLink", source: Sequence[int], target: Sequence[int]) -> None:
         self.link, self.source, self.target = link, list(source), list(target)
         self.layers: list[slice] = []  # sent and not moved yet
@@ -37,6 +40,7 @@ class LateCopy:
             self.wait()
         return not self.layers
 
+    @torch.inference_mode()
     def wait(self) -> None:
         for layers in self.layers:
             moved = self.link.source.blocks[self.source, layers]
@@ -73,6 +77,7 @@ def at_random(seed: int, probability: float = 0.3) -> Callable[[], bool]:
     return lambda: rng.random() < probability
 
 
+@torch.inference_mode()
 def poison(core: PDCore) -> None:
     """NaN in what nobody owns, from now on."""
     sides = (core.leases.prefill, core.prefill.kv_cache), (core.leases.decode, core.decode.kv_cache)
@@ -82,11 +87,13 @@ def poison(core: PDCore) -> None:
 
 
 def _poison_returned(manager: BlockManager, kv_cache: KVCache) -> None:
+    @torch.inference_mode()
     def grant(self: BlockManager) -> int:
         block = BlockManager._grant(self)
         kv_cache.blocks[block] = NAN
         return block
 
+    @torch.inference_mode()
     def free(self: BlockManager, block: int) -> None:
         BlockManager._free(self, block)
         if block not in self._cached:  # what it holds can still be found otherwise

@@ -1,19 +1,21 @@
 """The engine benchmark: configurations, the rates of arrivals, and a row for what was measured."""
 
 import csv
+import itertools
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from experiments import bench_engine, harness, shapes
-from experiments.bench_engine import CONFIGS, engine_options
-from experiments.engine_csv import FIRST_HEADER, read_engine_csv
+from experiments import bench_engine, claims, engine_sets, harness, shapes
+from experiments.engine_csv import FORMER_HEADERS, read_engine_csv
+from experiments.engine_sets import CONFIGS, engine_options
 from experiments.serving import Served
-from experiments.workloads import CLOSED, MAX_TOKEN_ID, POISSON, Poisson, at_once
+from experiments.workloads import BURSTS, CLOSED, MAX_TOKEN_ID, POISSON, Poisson, at_once
 from models.config import ModelConfig
 from tests.checkpoints import SIZES
 from tests.test_engine_csv import FIRST
@@ -46,7 +48,7 @@ def argv(tmp_path, monkeypatch):
         "Qwen3-0.6B", tmp_path / "tiny", **TINY | {"vocab_size": MAX_TOKEN_ID + 1}
     )
     poisson = Poisson(20, 4, seconds=0.5, num_burst_requests=6)
-    monkeypatch.setitem(CLOSED, "batch1", lambda: at_once(3, 20, 5))
+    monkeypatch.setitem(CLOSED, "decode-heavy-4", lambda: at_once(3, 20, 5))
     monkeypatch.setitem(CLOSED, poisson.burst_name, poisson.burst)
     monkeypatch.setitem(POISSON, "poisson-1024-128", poisson)
     out = str(tmp_path / "results" / "engine.csv")
@@ -54,40 +56,56 @@ def argv(tmp_path, monkeypatch):
     return ["--model", str(folder), "--device", "cpu", *sizes, "--out", out]
 
 
-def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, capsys):
+def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine_sets, "MAX_READINGS", 2)
     out = tmp_path / "results" / "engine.csv"
     out.parent.mkdir()
-    out.write_text(f"{FIRST_HEADER}\n{FIRST}\n")
-    options = ["--configs", "replicas", "one", "--loads", "0.2", "0.4", "--enforce-eager"]
-    bench_engine.main([*argv, *options, "--workloads", "poisson-1024-128", "batch1"])
+    out.write_text(f"{FORMER_HEADERS[0]}\n{FIRST}\n")
+    options = ["--configs", "pd", "replicas", "one", "--loads", "0.2", "0.4", "--max-num-seqs", "4"]
+    options += ["--workloads", "poisson-1024-128", "decode-heavy-4"]
+    bench_engine.main([*argv, *options])
     first, *rows = read_engine_csv(out)
     assert (first.model, first.config) == ("Qwen3-8B", "one")
-    assert Counter((r.config, r.gpus, r.workload) for r in rows) == {
-        ("one", 1, "batch1"): 3,
-        ("replicas", 2, "batch1"): 3,
-        ("replicas", 2, "burst-20-4"): 1,
-        ("replicas", 2, "poisson-1024-128"): 2,
+    assert Counter((r.config, r.gpus, r.max_num_seqs, r.workload) for r in rows) == {
+        ("one", 1, 4, "decode-heavy-4"): 2,
+        ("replicas", 2, 4, "decode-heavy-4"): 2,
+        ("replicas", 2, 4, "burst-20-4"): 2,
+        ("replicas", 2, 4, "poisson-1024-128"): 2,
+        ("pd", 2, 8, "decode-heavy-4"): 2,
+        ("pd", 2, 8, "poisson-1024-128"): 2,
     }
-    assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny" and rows[0].eager
-    assert rows[0].gpu.startswith("cpu") and rows[0].commit
+    assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny"
+    assert rows[0].gpu.startswith("cpu ") and rows[0].commit
     for r in rows:
-        if r.workload == "batch1":
+        if r.workload == "decode-heavy-4":
             assert (r.requests, r.prompt_tokens, r.output_tokens) == (3, 60, 15)
-    [burst] = [r for r in rows if r.workload == "burst-20-4"]
-    for load, r in zip((0.2, 0.4), rows[-2:], strict=True):
-        assert r.load == load and r.rate == pytest.approx(load * 6 / burst.seconds, rel=0.01)
-        assert r.requests == max(1, round(load * 6 / burst.seconds * 0.5))
+            assert 0 < r.ttft_ms_p50 < 1e3 * r.seconds and r.tpot_ms_p50 > 0
+    capacity = max(6 / r.seconds for r in rows if r.workload == "burst-20-4")
+    arrivals = [r for r in rows if r.load is not None]
+    assert [(r.config, r.load) for r in arrivals] == [
+        (config, load) for config in ("replicas", "pd") for load in (0.2, 0.4)
+    ]
+    for r in arrivals:
+        assert r.rate == pytest.approx(r.load * capacity, rel=0.01)
+        assert r.requests == max(1, round(r.load * capacity * 0.5))
         assert r.output_tokens == 4 * r.requests and r.itl_ms_p50 > 0
         assert r.goodput_req_s <= 1.01 * r.requests / r.seconds
-    assert "goodput_req_s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tiny one and replicas: up" in printed and "tiny pd: up" in printed
+    assert len(printed.splitlines()) == 1 + 2 + 3 + 5  # header, sets, closed, of Poisson arrivals
+    claims.main(["--from", str(out), "--model", "tiny", "--csv", str(tmp_path / "claims.csv")])
+    assert "| 3 | decode-heavy, 4 prompts, throughput | tiny | 1.20x |" in capsys.readouterr().out
 
 
 class InstantReplicas:
     """Serves at once and says that it took as many seconds as there are engines, pd four."""
 
+    failing: str | None = None  # serving these, "mixed" or "pd", it fails
+
     def __init__(self, folder, options):
         self.environment = harness.environment("cpu")
-        self.seconds = 4.0 if "enable_two_gpu_pd" in options[0] else 1.0 * len(options)
+        self.kind = "pd" if "enable_two_gpu_pd" in options[0] else "mixed"
+        self.num_engines = len(options)
 
     def __enter__(self):
         return self
@@ -95,19 +113,26 @@ class InstantReplicas:
     def __exit__(self, *error):
         pass
 
-    def run(self, workload):
+    def run(self, workload, num_engines=None):
+        if self.kind == self.failing:
+            raise RuntimeError("engine 0 ended: no memory")
         counts = {"num_cached_tokens": 0, "num_preemptions": 0}
         times = {"ttft_ms": 1.0, "tpot_ms": 1.0}
         served = [
             Served(num_prompt_tokens=len(p), num_output_tokens=n, **counts, **times)
             for p, n in zip(workload.prompts, workload.output_lens, strict=True)
         ]
-        return served, self.seconds
+        return served, 4.0 if self.kind == "pd" else float(num_engines or self.num_engines)
 
 
-def rates(argv, tmp_path, monkeypatch, *configs) -> dict[str, list[float]]:
+@pytest.fixture
+def instant(monkeypatch):
+    monkeypatch.setattr(engine_sets, "Replicas", InstantReplicas)
+    return monkeypatch
+
+
+def rates(argv, tmp_path, *configs) -> dict[str, list[float]]:
     """Of the Poisson arrivals, by configuration, in the order of the run."""
-    monkeypatch.setattr(bench_engine, "Replicas", InstantReplicas)
     bench_engine.main([*argv, "--configs", *configs, "--workloads", "poisson-1024-128"])
     found: dict[str, list[float]] = {}
     for r in read_engine_csv(tmp_path / "results" / "engine.csv"):
@@ -115,23 +140,22 @@ def rates(argv, tmp_path, monkeypatch, *configs) -> dict[str, list[float]]:
     return found
 
 
-def test_replicas_and_pd_get_the_same_rates_and_one_none(argv, tmp_path, monkeypatch):
-    found = rates(argv, tmp_path, monkeypatch, "pd", "one", "replicas")
+def test_replicas_and_pd_get_the_same_rates_and_one_none(argv, tmp_path, instant):
+    found = rates(argv, tmp_path, "pd", "one", "replicas")
     of_replicas = pytest.approx([load * 6 / 2 for load in (0.5, 0.7, 0.9)])
     assert list(found.items()) == [("replicas", of_replicas), ("pd", of_replicas)]
 
 
-def test_without_replicas_each_has_its_own_capacity(argv, tmp_path, monkeypatch):
-    found = rates(argv, tmp_path, monkeypatch, "one", "pd")
+def test_without_replicas_each_has_its_own_capacity(argv, tmp_path, instant):
+    found = rates(argv, tmp_path, "one", "pd")
     for config, seconds in (("one", 1), ("pd", 4)):
         assert found[config] == pytest.approx([load * 6 / seconds for load in (0.5, 0.7, 0.9)])
 
 
-def test_quick_leaves_out_and_makes_nothing_smaller(argv, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_engine, "Replicas", InstantReplicas)
+def test_quick_leaves_out_and_makes_nothing_smaller(argv, tmp_path, instant):
     bench_engine.main([*argv, "--quick"])
     rows = read_engine_csv(tmp_path / "results" / "engine.csv")
-    names = set(bench_engine.QUICK_WORKLOADS) | {"burst-20-4"}
+    names = {*bench_engine.QUICK_WORKLOADS, "burst-20-4"}
     assert {r.workload for r in rows} == names and names < {*CLOSED, *POISSON}
     for r in rows:
         if r.load is None:
@@ -139,19 +163,68 @@ def test_quick_leaves_out_and_makes_nothing_smaller(argv, tmp_path, monkeypatch)
     assert [r.load for r in rows if r.load is not None] == [0.8]
 
 
+def test_all_is_measured_but_bursts_for_themselves():
+    assert sorted([*bench_engine.WORKLOADS, *BURSTS]) == sorted([*CLOSED, *POISSON])
+
+
+def test_short_workloads_are_read_again(argv, tmp_path, instant):
+    """Until two seconds are measured: they take one second on one device, two on replicas."""
+    bench_engine.main([*argv, "--configs", "one", "replicas", "--workloads", "decode-heavy-4"])
+    instant.setattr(engine_sets, "READ_SECONDS", 100.0)
+    bench_engine.main([*argv, "--workloads", "decode-heavy-4"])
+    bench_engine.main([*argv, "--workloads", "decode-heavy-4", "--repeat", "9"])
+    rows = read_engine_csv(tmp_path / "results" / "engine.csv")
+    assert [r.config for r in rows[:3]] == ["one", "one", "replicas"]
+    assert len(rows[3:]) == engine_sets.MAX_READINGS + 9
+
+
+def test_a_configuration_that_fails_costs_no_other_one(argv, tmp_path, instant, capsys):
+    workloads = ["--workloads", "decode-heavy-4", "poisson-1024-128", "fixed"]
+    instant.setattr(InstantReplicas, "failing", "mixed")
+    with pytest.raises(SystemExit) as failure:
+        bench_engine.main([*argv, "--configs", "one", "replicas", "pd", *workloads])
+    assert failure.value.code == 1
+    assert "['one', 'replicas']: engine 0 ended: no memory" in capsys.readouterr().err
+    rows = read_engine_csv(tmp_path / "results" / "engine.csv")
+    # nobody knows the rates of the replicas: arrivals at others would tell nothing
+    assert [(r.config, r.workload) for r in rows] == [("pd", "decode-heavy-4"), ("pd", "fixed")]
+
+
+def test_time_is_shared_out_and_no_workload_begun_behind_it(argv, tmp_path, instant, capsys):
+    """Each look at the clock takes a second, one before a workload and one for its line: the
+    first set has until second 10.5, the second one, begun in second 12, until 20."""
+    now = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
+    instant.setattr(bench_engine, "time", clock)
+    workloads = ["offline", "short-prompts", "decode-heavy-4", "decode-heavy-256", "fixed"]
+    options = ["--configs", "one", "pd", "--max-seconds", "20", "--workloads", *workloads]
+    bench_engine.main([*argv, *options])
+    found: dict[str, list[str]] = {}
+    for r in read_engine_csv(tmp_path / "results" / "engine.csv"):
+        if r.workload not in found.setdefault(r.config, []):
+            found[r.config].append(r.workload)
+    assert found == {"one": workloads[:4], "pd": workloads[:3]}
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"no time left for {w} and what follows" for w in ("fixed", workloads[3])]
+
+
 def test_configurations():
     assert [len(engine_options(config, "cuda")) for config in CONFIGS] == [1, 2, 1]
-    assert engine_options("one", "cuda") == [{"device": "cuda:0"}]
-    assert engine_options("replicas", "cuda") == [{"device": "cuda:0"}, {"device": "cuda:1"}]
-    assert engine_options("replicas", "cpu") == [{"device": "cpu"}] * 2
+    one, other = ({"device": f"cuda:{i}", "max_num_seqs": 256} for i in range(2))
+    assert engine_options("one", "cuda") == [one]
+    assert engine_options("replicas", "cuda") == [one, other]
+    assert engine_options("replicas", "cpu", 8) == [{"device": "cpu", "max_num_seqs": 8}] * 2
     both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
-    assert engine_options("pd", "cpu") == [{"device": "cpu"} | both]
+    assert engine_options("pd", "cpu", 8) == [{"device": "cpu", "max_num_seqs": 16} | both]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model", "nowhere"], "--model must be one of Qwen3-0.6B, .* or a folder"),
+        (
+            ["--model", "nowhere"],
+            "--model: must be one of Qwen3-0.6B, .* or a folder, got 'nowhere'",
+        ),
         (["--loads", "0.5", "0"], "must be positive, got"),
         (["--repeat", "0"], "must be positive, got"),
         (["--device", "cuda", "--configs", "pd"], "must have 2 GPUs, got 0"),

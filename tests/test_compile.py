@@ -12,9 +12,12 @@ import triton
 import kernels
 
 SHARED_BYTES = 227 * 1024  # what a block may hold on an H100
-# Triton 3.9 keeps what the warps of this kernel share in local memory from tile to tile, outside
-# its loops over keys; 3.6, with which it is measured, does not.
-SPILLS_FROM_TILE_TO_TILE = 128 if triton.__version__ >= "3.7" else 0
+# Instructions that move registers to local memory and back. With Triton 3.6, with which the kernels
+# are measured, there are none; 3.9 has some between the tiles of these, outside the inner loops of
+# the first.
+SPILLS = {"_prefill_pipeline_kernel": 128, "_decode_pipeline_kernel": 8}
+if triton.__version__ < "3.7":
+    SPILLS = {}
 
 
 def compile_all() -> list[dict]:
@@ -35,9 +38,8 @@ def wants_wgmma(report: dict) -> bool:
 
 
 def spills(report: dict) -> bool:
-    if report["kernel"] == "_prefill_pipeline_kernel":
-        return report["spills"] > SPILLS_FROM_TILE_TO_TILE
-    return report["spills"] > 0 or report["stack_bytes"] > 0
+    allowed = SPILLS.get(report["kernel"], 0)
+    return report["spills"] > allowed or (report["stack_bytes"] > 0 and not allowed)
 
 
 def test_every_kernel_compiles_without_spills_and_with_wgmma():

@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels
 from kernels import reference
 from kernels.decode_attention import decode_workspace
+from kernels.hopper import has_wgmma
 from kernels.tile import Tile
 from tests.strategies import (
     DEVICE,
@@ -184,10 +185,27 @@ def test_decode_attention_at_model_shapes(
 
 
 @pytest.mark.gpu
-def test_decode_attention_replays_in_a_graph():
+@pytest.mark.parametrize("tile", [(16, 3), (16, 4), (32, 2), (32, 3), (64, 2)])
+@pytest.mark.parametrize("head_dim, num_kv_heads, group", [(128, 8, 4), (64, 3, 3)])
+def test_every_ring_of_the_pipeline_matches_the_reference(tile, head_dim, num_kv_heads, group):
+    if not has_wgmma(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU")
+    heads = {"num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    batch = Layout(context_lens=(1, 15, 0, 300, 1000, 64, 4097), **heads).build(torch.bfloat16, 0)
+    assert decode_attention.takes(batch.q, batch.kv_cache)
+    form = Tile(BLOCK_M=16, BLOCK_N=tile[0], BLOCK_K=0, num_warps=1, num_stages=tile[1])
+    actual = attend(batch, tile=form)
+    assert_attended(actual, expect(batch))
+    assert_same_bits(attend(batch, tile=form, num_sms=3), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_decode_attention_replays_in_a_graph(head_dim):
     """A captured launch follows context_lens and block_table as they change."""
-    batch = Layout(context_lens=(700, 3, 256), **small).build(torch.bfloat16, 0)
-    workspace = decode_workspace(1, 1, small["head_dim"], DEVICE)
+    layout = Layout(context_lens=(700, 3, 256), head_dim=head_dim, group=1, num_layers=1)
+    batch = layout.build(torch.bfloat16, 0)
+    workspace = decode_workspace(1, 1, head_dim, DEVICE)
     out = torch.empty_like(batch.q)
     attend(batch, workspace=workspace, out=out)
     graph = torch.cuda.CUDAGraph()

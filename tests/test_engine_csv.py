@@ -6,7 +6,7 @@ import pytest
 
 from experiments.engine_csv import (
     COLUMNS,
-    FIRST_HEADER,
+    FORMER_HEADERS,
     EngineReading,
     migrate,
     read_engine_csv,
@@ -18,6 +18,7 @@ READING = EngineReading(
     workload="fixed",
     config="pd",
     gpus=2,
+    max_num_seqs=512,
     load=0.7,
     rate=12.5,
     eager=True,
@@ -54,7 +55,7 @@ def test_rows_come_back_as_they_were(tmp_path):
 
 def test_first_rows_are_migrated_to_the_letter(tmp_path):
     path = tmp_path / "engine.csv"
-    path.write_text(f"{FIRST_HEADER}\n{FIRST}\n{FIRST}\n")
+    path.write_text(f"{FORMER_HEADERS[0]}\n{FIRST}\n{FIRST}\n")
     migrate(path)
     reading, _ = read_engine_csv(path)
     assert (reading.config, reading.gpus, reading.eager) == ("one", 1, False)
@@ -68,11 +69,21 @@ def test_first_rows_are_migrated_to_the_letter(tmp_path):
         "fixed",
         "one",
         "1",
+        "256",
         *FIRST.split(",")[2:],
     ]
     append_row(path, asdict(READING))
     assert read_engine_csv(path)[-1] == READING
     assert [p.name for p in tmp_path.iterdir()] == ["engine.csv"]
+
+
+def test_rows_without_a_size_are_of_the_usual_one(tmp_path):
+    path, row = tmp_path / "engine.csv", asdict(replace(READING, max_num_seqs=256))
+    del row["max_num_seqs"]
+    append_row(path, row)
+    assert path.read_text().splitlines()[0] == FORMER_HEADERS[1]
+    migrate(path)
+    assert read_engine_csv(path) == [replace(READING, max_num_seqs=256)]
 
 
 @pytest.mark.parametrize(

@@ -103,21 +103,18 @@ def test_the_summary_holds_medians_against_the_aims():
     assert text.startswith("m pd: ") and text.endswith("prefill 150 tok/s, 75% of 200 alone")
 
 
-def test_the_command_writes_a_row_for_each_reading(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("config", ["one", "pd"])
+def test_the_command_writes_a_row_for_each_reading(config, tmp_path, monkeypatch, capsys):
     sizes = TINY | {"vocab_size": MAX_TOKEN_ID + 1, "max_position_embeddings": 8192}
-    monkeypatch.setattr("engine.kv_cache.CPU_CACHE_BYTES", 1 << 22)
-    monkeypatch.setattr(
-        interference,
-        "write_config",
-        lambda model, folder: shapes.write_config(model, folder, **sizes),
-    )
-    out = tmp_path / "interference.csv"
-    argv = ["--config", "one", "--device", "cpu", "--rounds", "2", "--out", str(out)]
-    interference.main(argv, SMALL)
+    monkeypatch.setattr("engine.kv_cache.CPU_CACHE_BYTES", 1 << 24)
+    model, out = shapes.write_config("Qwen3-0.6B", tmp_path / "tiny", **sizes), tmp_path / "i.csv"
+    argv = ["--config", config, "--device", "cpu", "--rounds", "2", "--out", str(out)]
+    interference.main([*argv, "--model", str(model)], SMALL)
     found = list(csv.DictReader(out.open()))
     assert [row["prefill"] for row in found] == ["alone", "idle", "busy", "idle", "busy"]
     for row in found:
+        assert (row["model"], row["config"]) == ("tiny", config)
         assert (row["requests"], row["context"], row["prompt_len"]) == ("3", "10", "20")
         assert (float(row["prefill_tok_s"]) > 0) == (row["prefill"] != "idle")
         assert bool(row["itl_ms_p99"]) == (row["prefill"] != "alone")
-    assert "Qwen3-0.6B one: itl_ms_p99" in capsys.readouterr().out
+    assert f"tiny {config}: itl_ms_p99" in capsys.readouterr().out

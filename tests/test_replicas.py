@@ -38,6 +38,8 @@ def test_two_replicas_serve_what_there_is(folder):
             assert max(s.ttft_ms + s.tpot_ms * (s.num_output_tokens - 1) for s in served) <= (
                 seconds * 1e3
             )
+        served, _ = replicas.run(at_once, num_engines=1)
+        assert [s.num_prompt_tokens for s in served] == [1, 3, 5]  # not dealt out
         # the first replica's share is fine, the second's is not
         with pytest.raises(RuntimeError, match=r"engine 1 ended: (?s:.)*prompt must be 1 to"):
             replicas.run(Workload([[1], [2] * 500], [2, 2]))
@@ -45,6 +47,7 @@ def test_two_replicas_serve_what_there_is(folder):
 
 
 def test_an_engine_that_cannot_start_says_why(folder):
+    replicas = Replicas(folder, [OPTIONS | {"max_model_len": 1}])
     with pytest.raises(RuntimeError, match=r"engine 0 ended: (?s:.)*max_model_len must be"):
-        Replicas(folder, [OPTIONS | {"max_model_len": 1}])
+        replicas.__enter__()
     assert not multiprocessing.active_children()

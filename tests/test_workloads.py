@@ -86,6 +86,9 @@ def test_parts_are_dealt_in_turn_and_make_up_the_whole():
 def test_a_rehearsal_is_short():
     whole = Workload([[0], [1], [2]], [5, 60, 7], [0.1, 0.2, 0.3])
     assert whole.rehearsal(2, 8) == Workload([[0], [1]], [5, 8])
+    assert len(at_once(16, 4096, 64).rehearsal().prompts) == 8  # 32k tokens
+    assert len(at_once(2, 40_000, 64).rehearsal().prompts) == 1
+    assert not Workload([], []).rehearsal().prompts
 
 
 def test_requests_run_to_their_full_length_at_0_6():

@@ -1,0 +1,88 @@
+"""Configurations of the engine, and the processes that serve those of one model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.replicas import Replicas
+from experiments.serving import figures
+from experiments.workloads import CLOSED, Workload
+
+READ_SECONDS = 2.0  # some workloads last less than half a second: one reading says little
+MAX_READINGS = 8
+CONFIGS = ("one", "replicas", "pd")  # in the order of a run: pd takes the rates of replicas
+
+Reading = dict[str, Any]  # columns of engine.csv
+
+
+def engine_options(config: str, device: str, max_num_seqs: int = 256) -> list[dict[str, Any]]:
+    """Options of each engine's LLM. device: cpu, or cuda for the GPUs 0 and 1; max_num_seqs:
+    requests that decode at a time on a GPU that does all; one that only decodes has twice as
+    many."""
+    if config == "pd":
+        both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
+        return [{"device": device, "max_num_seqs": 2 * max_num_seqs} | both]
+    num_engines = {"one": 1, "replicas": 2}[config]
+    devices = ["cpu" if device == "cpu" else f"cuda:{i}" for i in range(num_engines)]
+    return [{"device": device, "max_num_seqs": max_num_seqs} for device in devices]
+
+
+class EngineSet:
+    """Engines over one model, and the configurations that they serve."""
+
+    def __init__(
+        self, folder: Path, configs: Sequence[str], engines: Sequence[dict[str, Any]]
+    ) -> None:
+        """folder: of the checkpoint; configs: that of the engines, and "one" where the first of
+        them alone is another one; engines: the options of each."""
+        self.model = folder.name
+        self.configs = configs
+        self.replicas = Replicas(folder, engines)
+        self._common = {
+            "model": self.model,
+            "max_num_seqs": engines[0]["max_num_seqs"],
+            "eager": engines[0]["enforce_eager"],
+        }
+
+    def rehearse(self, workload: Workload) -> None:
+        """Have compiled what this workload is the first to need, before a clock starts."""
+        self.replicas.run(workload.rehearsal())
+
+    def read(self, config: str, name: str, workload: Workload) -> Reading:
+        """Serve it once. RuntimeError, AssertionError: see `Replicas`, `figures`."""
+        served, seconds = self.replicas.run(workload, 1 if config == "one" else None)
+        what = {"workload": name, "config": config, "gpus": 1 if config == "one" else 2}
+        return self._common | what | figures(workload, served, seconds)
+
+    def read_closed(self, config: str, name: str, num_readings: int) -> list[Reading]:
+        """Readings of one of CLOSED: so many at least, and more until READ_SECONDS are measured, of
+        which there are MAX_READINGS at most."""
+        workload = CLOSED[name]()
+        readings = [self.read(config, name, workload)]
+        while len(readings) < num_readings or (
+            len(readings) < MAX_READINGS and sum(r["seconds"] for r in readings) < READ_SECONDS
+        ):
+            readings.append(self.read(config, name, workload))
+        return readings
+
+
+def engine_sets(
+    folder: Path,
+    configs: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    max_num_seqs: int,
+) -> list[EngineSet]:
+    """Sets for these configurations, in the order of a run; all processes are started, none is on a
+    device yet. options: of every engine; device, max_num_seqs: see `engine_options`."""
+    mixed = [config for config in ("one", "replicas") if config in configs]
+    together = [mixed] * bool(mixed) + [["pd"]] * ("pd" in configs)
+    return [
+        EngineSet(
+            folder,
+            served,
+            [{**options, **own} for own in engine_options(served[-1], device, max_num_seqs)],
+        )
+        for served in together
+    ]

@@ -1,0 +1,350 @@
+"""The kernel of decode attention on Hopper: each warp by itself, fed by the copy engine, in Gluon.
+
+A program is one warp, so that nothing in its loop waits for other warps; it fills its own ring of
+buffers through TMA, which leaves the addresses and the bytes in flight to the copy engine. The
+splits, how they are dealt out and joined: see `decode_attention`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
+
+from kernels.hopper import (
+    PIECE_D,
+    block_rows,
+    gdc_launch_dependents,
+    gdc_wait,
+    reinterpret,
+    thread_barrier,
+    tma_load,
+)
+
+ROWS = gl.constexpr(16)  # of an mma: the heads of a group, padded
+LOWEST = gl.constexpr(-1e30)  # finite, so that a step without a token fades nothing
+
+
+@aggregate
+class Ring:
+    """Buffers of one step's keys and values each, and the barriers of their arrival."""
+
+    k: gl.shared_memory_descriptor  # [STAGES * pieces, BLOCK_SIZE, PIECE_D]
+    v: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor  # [STAGES, 1]
+    STAGES: gl.constexpr
+    BLOCK_N: gl.constexpr  # tokens of a step
+    BLOCK_SIZE: gl.constexpr
+    D: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, full, STAGES, BLOCK_N, BLOCK_SIZE, D):
+        self.k = k
+        self.v = v
+        self.full = full
+        self.STAGES = gl.constexpr(STAGES)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
+        self.BLOCK_SIZE = gl.constexpr(BLOCK_SIZE)
+        self.D = gl.constexpr(D)
+
+
+@gluon.jit
+def _load_step(ring, kv_desc, stage, rows, rows_to_v, column):
+    COUNT: gl.constexpr = ring.BLOCK_N // ring.BLOCK_SIZE
+    PIECES: gl.constexpr = ring.D // PIECE_D
+    ready = ring.full.index(stage)
+    mbarrier.expect(ready, 2 * ring.BLOCK_N * ring.D * 2)
+    for i in gl.static_range(COUNT):
+        for piece in gl.static_range(PIECES):
+            at = stage * (PIECES * COUNT) + piece * COUNT + i
+            corner = column + piece * PIECE_D
+            tma_load(kv_desc, [rows[i], corner], ready, ring.k.index(at))
+            tma_load(kv_desc, [rows[i] + rows_to_v, corner], ready, ring.v.index(at))
+
+
+@gluon.jit
+def _cut(
+    context_len, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr, FEW_SPLITS: gl.constexpr,
+    MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
+):  # fmt: skip
+    """(splits, tokens in each) of a context: multiples of SPLIT_UNIT, at most MAX_SPLITS splits."""
+    even = (context_len + MAX_SPLITS - 1) // MAX_SPLITS
+    few = (context_len + FEW_SPLITS - 1) // FEW_SPLITS
+    least = gl.minimum(gl.maximum(few, MIN_SPLIT_LEN), SPLIT_LEN)
+    split_len = (gl.maximum(even, least) + SPLIT_UNIT - 1) // SPLIT_UNIT * SPLIT_UNIT
+    # an empty context is one split of no tokens, so that a padding row is written too
+    return gl.maximum((context_len + split_len - 1) // split_len, 1), split_len
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _clear_unwritten(ring, stage, end):
+    """Zero V's rows from `end` tokens of the step on: they may be NaN, and 0 * NaN is NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    COUNT: gl.constexpr = ring.BLOCK_N // ring.BLOCK_SIZE
+    PIECES: gl.constexpr = ring.D // PIECE_D
+    slots = gl.arange(0, ring.BLOCK_SIZE, gl.SliceLayout(1, LAYOUT))
+    for i in gl.static_range(COUNT):
+        for piece in gl.static_range(PIECES):
+            buffer = ring.v.index(stage * (PIECES * COUNT) + piece * COUNT + i)
+            v = buffer.load(LAYOUT)
+            keep = (slots + i * ring.BLOCK_SIZE < end)[:, None]
+            buffer.store(gl.where(keep, v, gl.zeros_like(v)))
+    fence_async_shared()  # before the copy engine writes there again
+    thread_barrier()
+
+
+@gluon.jit
+def _attend_run(
+    ring, kv_desc, q, step_count, table_ptr, first_split, end_split, split_len, context_len,
+    scale_log2, rows_per_block, rows_to_v, past, column, partial_ptr, max_sum_ptr, keeps_partials,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """Online softmax of q over each of the splits first_split..end_split, in one loop.
+    keeps_partials: store each split's result; else there is but one, and it is returned."""
+    BLOCK_N: gl.constexpr = ring.BLOCK_N
+    COUNT: gl.constexpr = BLOCK_N // ring.BLOCK_SIZE
+    STAGES: gl.constexpr = ring.STAGES
+    D: gl.constexpr = ring.D
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    k_tiles = reinterpret(ring.k, [STAGES, BLOCK_N, D], TILE)
+    v_tiles = reinterpret(ring.v, [STAGES, BLOCK_N, D], TILE)
+    start = first_split * split_len
+    end = gl.minimum(end_split * split_len, context_len)
+    num_steps = gl.maximum((end - start + BLOCK_N - 1) // BLOCK_N, 0)
+    first_block = start // ring.BLOCK_SIZE
+    num_blocks = (end + ring.BLOCK_SIZE - 1) // ring.BLOCK_SIZE
+    for i in range(gl.minimum(num_steps, STAGES - 1)):
+        rows = block_rows(
+            table_ptr, first_block + i * COUNT, num_blocks, rows_per_block, past, COUNT
+        )
+        _load_step(ring, kv_desc, (step_count + i) % STAGES, rows, rows_to_v, column)
+    # ids of the step after are loaded one step ahead: they would delay its k and v
+    ahead = block_rows(
+        table_ptr, first_block + (STAGES - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
+    )
+    offs_g = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, MMA))
+    in_group = offs_g < GROUP
+    partial_ptrs = partial_ptr + offs_g[:, None] * D + offs_d[None, :]
+    max_sum_ptrs = max_sum_ptr + offs_g * 2
+    top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, MMA))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
+    acc = gl.zeros([ROWS, D], gl.float32, MMA)
+    for i in range(num_steps):
+        later = block_rows(
+            table_ptr, first_block + (i + STAGES) * COUNT, num_blocks, rows_per_block, past, COUNT
+        )
+        # the buffer of the step before, which every lane has read
+        thread_barrier()
+        if i + STAGES - 1 < num_steps:
+            _load_step(ring, kv_desc, (step_count + STAGES - 1) % STAGES, ahead, rows_to_v, column)
+        ahead = later
+        n = start + i * BLOCK_N
+        stage = step_count % STAGES
+        mbarrier.wait(ring.full.index(stage), step_count // STAGES & 1)
+        k = k_tiles.index(stage).permute((1, 0)).load(gl.DotOperandLayout(1, MMA, 2))
+        scores = mma_v2(q, k, gl.zeros([ROWS, BLOCK_N], gl.float32, MMA))
+        if n + BLOCK_N > end:
+            scores = gl.where((n + offs_n < end)[None, :], scores, float("-inf"))
+            _clear_unwritten(ring, stage, end - n)
+        new_top = gl.maximum(top, gl.max(scores, axis=1) * scale_log2)
+        probs = gl.exp2(scores * scale_log2 - new_top[:, None])
+        fade = gl.exp2(top - new_top)
+        total = total * fade + gl.sum(probs, axis=1)
+        v = v_tiles.index(stage).load(gl.DotOperandLayout(1, MMA, 2))
+        probs = gl.convert_layout(probs.to(q.dtype), gl.DotOperandLayout(0, MMA, 2))
+        acc = mma_v2(probs, v, acc * fade[:, None])
+        top = new_top
+        step_count += 1
+        split = n // split_len
+        is_end = (n + BLOCK_N >= end) | (n + BLOCK_N == (split + 1) * split_len)
+        if keeps_partials & is_end:
+            gl.store(partial_ptrs + split * GROUP * D, acc, mask=in_group[:, None])
+            gl.store(max_sum_ptrs + split * GROUP * 2, top, mask=in_group)
+            gl.store(max_sum_ptrs + split * GROUP * 2 + 1, total, mask=in_group)
+            top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, MMA))
+            total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
+            acc = gl.zeros([ROWS, D], gl.float32, MMA)
+    return total, acc, step_count
+
+
+@gluon.jit
+def _join_splits(
+    partial_ptr, max_sum_ptr, num_splits, GROUP: gl.constexpr, D: gl.constexpr,
+    JOIN_AHEAD: gl.constexpr, BLOCK_J: gl.constexpr,
+):  # fmt: skip
+    """(sums of weights [BLOCK_J], weighted values [BLOCK_J, D]) over all splits of one kv head."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+    offs_j = gl.arange(0, BLOCK_J, gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    mask_j = offs_j < GROUP
+    partial_ptrs = partial_ptr + offs_j[:, None] * D + offs_d[None, :]
+    max_sum_ptrs = max_sum_ptr + offs_j * 2
+    top = gl.full([BLOCK_J], LOWEST, gl.float32, gl.SliceLayout(1, LAYOUT))
+    total = gl.zeros([BLOCK_J], gl.float32, gl.SliceLayout(1, LAYOUT))
+    acc = gl.zeros([BLOCK_J, D], gl.float32, LAYOUT)
+    for first in range(0, num_splits, JOIN_AHEAD):
+        # all loads of a round first, so that they are on their way at once
+        tops, totals, values = _partials(
+            partial_ptrs + first * GROUP * D, max_sum_ptrs + first * GROUP * 2, num_splits - first,
+            mask_j, GROUP, D, JOIN_AHEAD,
+        )  # fmt: skip
+        for i in gl.static_range(JOIN_AHEAD):
+            new_top = gl.maximum(top, tops[i])
+            fade, weight = gl.exp2(top - new_top), gl.exp2(tops[i] - new_top)
+            total = total * fade + totals[i] * weight
+            acc = acc * fade[:, None] + values[i] * weight[:, None]
+            top = new_top
+    return total, acc
+
+
+@gluon.jit
+def _partials(
+    partial_ptrs, max_sum_ptrs, num_left, mask_j, GROUP: gl.constexpr, D: gl.constexpr,
+    NUM: gl.constexpr,
+):  # fmt: skip
+    """NUM splits' maxima, sums and values; past the last, what weighs nothing."""
+    mask = mask_j & (num_left > 0)
+    # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
+    top = gl.load(max_sum_ptrs, mask=mask, other=LOWEST, cache_modifier=".cg")
+    total = gl.load(max_sum_ptrs + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    value = gl.load(partial_ptrs, mask=mask[:, None], other=0.0, cache_modifier=".cg")
+    if NUM == 1:
+        return (top,), (total,), (value,)
+    else:
+        tops, totals, values = _partials(
+            partial_ptrs + GROUP * D, max_sum_ptrs + GROUP * 2, num_left - 1, mask_j, GROUP, D,
+            NUM - 1,
+        )  # fmt: skip
+        return (top,) + tops, (total,) + totals, (value,) + values  # noqa: RUF005
+
+
+@gluon.jit
+def _store_out(out_ptr, total, acc, stride_o_h, GROUP: gl.constexpr):
+    """Weighted means to the heads of one kv head; a padding row's are zeros."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    offs_g = gl.arange(0, acc.shape[0], gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    out = acc / gl.where(total > 0.0, total, 1.0)[:, None]
+    ptrs = out_ptr + offs_g[:, None] * stride_o_h + offs_d[None, :]
+    gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_g < GROUP)[:, None])
+
+
+@gluon.jit(do_not_specialize=["B", "stride_table_b", "past"])
+def _decode_pipeline_kernel(
+    q_ptr,
+    kv_desc,
+    block_table_ptr,
+    context_lens_ptr,
+    partial_ptr,
+    max_sum_ptr,
+    arrived_ptr,
+    out_ptr,
+    B,
+    scale_log2,
+    stride_q_b,
+    stride_q_h,
+    stride_table_b,
+    stride_o_b,
+    stride_o_h,
+    rows_per_block,
+    rows_to_v,
+    past,
+    H_KV: gl.constexpr,
+    GROUP: gl.constexpr,
+    D: gl.constexpr,
+    SPLIT_LEN: gl.constexpr,
+    MIN_SPLIT_LEN: gl.constexpr,
+    FEW_SPLITS: gl.constexpr,
+    MAX_SPLITS: gl.constexpr,
+    SPLIT_UNIT: gl.constexpr,
+    JOIN_AHEAD: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    BLOCK_J: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """One program works off its kv head's share of an equal run of all splits."""
+    if PDL:
+        gdc_launch_dependents()
+    dtype: gl.constexpr = kv_desc.dtype
+    BLOCK_SIZE: gl.constexpr = kv_desc.block_type.shape[0]
+    PIECES: gl.constexpr = STAGES * (BLOCK_N // BLOCK_SIZE) * (D // PIECE_D)
+    k_bufs = gl.allocate_shared_memory(dtype, [PIECES, BLOCK_SIZE, PIECE_D], kv_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [PIECES, BLOCK_SIZE, PIECE_D], kv_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    thread_barrier()
+    ring = Ring(k_bufs, v_bufs, full, STAGES, BLOCK_N, BLOCK_SIZE, D)
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    LANES: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
+    kv_head, group = gl.program_id(0) % H_KV, gl.program_id(0) // H_KV
+    num_groups = gl.num_programs(0) // H_KV
+    offs_b = gl.arange(0, BLOCK_B, LANES)
+    lens = gl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
+    splits, lens_of_splits = _cut(
+        lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT
+    )
+    units = gl.where(offs_b < B, splits * (lens_of_splits // SPLIT_UNIT), 0)
+    ends = gl.associative_scan(units, 0, _add)
+    in_all = gl.sum(units, axis=0)
+    share, share_end = in_all * group // num_groups, in_all * (group + 1) // num_groups
+    b = gl.sum((ends <= share).to(gl.int32), axis=0)
+    base = gl.sum(gl.where(offs_b < b, units, 0), axis=0)
+    if PDL:
+        gdc_wait()
+    offs_g = gl.arange(0, ROWS, gl.SliceLayout(1, Q_LAYOUT))
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
+    step_count = 0
+    while base < share_end:
+        context_len = gl.load(context_lens_ptr + b)
+        num_splits, split_len = _cut(
+            context_len, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT
+        )
+        split_units = split_len // SPLIT_UNIT
+        first_split = gl.maximum((share - base + split_units - 1) // split_units, 0)
+        end_split = gl.minimum((share_end - base + split_units - 1) // split_units, num_splits)
+        done = end_split - first_split
+        is_shared = done < num_splits
+        first = ((base + 1) * num_groups - 1) // in_all
+        place = gl.where(is_shared, first, num_groups + group) * H_KV + kv_head
+        partial_at = partial_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * D
+        max_sum_at = max_sum_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * 2
+        heads = kv_head * GROUP + offs_g
+        b64 = b.to(gl.int64)
+        q_ptrs = q_ptr + b64 * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
+        q = gl.load(q_ptrs, mask=(offs_g < GROUP)[:, None] & (offs_d < D)[None, :], other=0.0)
+        total, acc, step_count = _attend_run(
+            ring, kv_desc, q, step_count, block_table_ptr + b64 * stride_table_b, first_split,
+            end_split, split_len, context_len, scale_log2, rows_per_block, rows_to_v, past,
+            kv_head * D, partial_at, max_sum_at, num_splits > 1, GROUP,
+        )  # fmt: skip
+        out_at = out_ptr + b64 * stride_o_b + kv_head * GROUP * stride_o_h
+        if (num_splits == 1) & (done == 1):
+            _store_out(out_at, total, acc, stride_o_h, GROUP)
+        elif done > 0:
+            # every lane's partials must be out before one counts them as arrived
+            thread_barrier()
+            if is_shared:
+                done += gl.atomic_add(arrived_ptr + place, done, sem="acq_rel")
+            if done == num_splits:
+                gl.store(arrived_ptr + place, 0)
+                joined_total, joined = _join_splits(
+                    partial_at, max_sum_at, num_splits, GROUP, D, JOIN_AHEAD, BLOCK_J
+                )
+                _store_out(out_at, joined_total, joined, stride_o_h, GROUP)
+            # the next request may use the same place
+            thread_barrier()
+        base += num_splits * split_units
+        b += 1
