@@ -123,6 +123,10 @@ class DecodeWorker:
             self.inputs.upload({}, self._padding)
             self.graphs.run(size, self._step)
 
+    def close(self) -> None:
+        """Drop the graphs; nothing may be launched afterwards."""
+        self.graphs.captured.clear()
+
     def _send_blocks(self, requests: Sequence[Request], table_of: BlockTableOf) -> None:
         """Append to the device's block tables what was granted since the last step."""
         cells: list[int] = []

@@ -99,6 +99,12 @@ class DecodePipeline(DecodeWorker):
             self.inputs.upload({}, self._padding)
             self.graphs.run(bucket, self._step)
 
+    def close(self) -> None:
+        """Drop the graphs, then give the partitions back."""
+        super().close()
+        for streams in self.streams.values():
+            streams.close()
+
     def get_pipeline_statistics(self) -> dict[str, object]:
         """Steps by mode, micro-batches, SMs asked for and granted, and times by stage."""
         for key in tuple(self._unread):

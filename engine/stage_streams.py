@@ -26,6 +26,9 @@ class StageStreams(Protocol):
     def num_sms(self, stage: Stage) -> int | None:
         """SMs that a kernel of this stage may count on; None: all of the device."""
 
+    def close(self) -> None:
+        """Give back what was taken for them; graphs over them must not run again."""
+
 
 class InOrder:
     """All stages on the current stream: the serial step over the same micro-batches. And what
@@ -41,6 +44,9 @@ class InOrder:
     def num_sms(self, stage: Stage) -> int | None:
         """All of the device: nothing else runs."""
         return None
+
+    def close(self) -> None:
+        """Nothing was taken."""
 
 
 class GpuStreams:

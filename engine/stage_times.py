@@ -35,6 +35,10 @@ class TimedStreams:
         """See the protocol."""
         return self._streams.num_sms(stage)
 
+    def close(self) -> None:
+        """See the protocol."""
+        self._streams.close()
+
     def read(self) -> StepTimes | None:
         """Times of the step, or of its newest replay; None while that is not over."""
         if not all(end.query() for _, _, end in self._spans):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kernels
+from engine import LLM, SamplingParams
 from engine.pipeline import DecodePipeline
 from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams
@@ -21,6 +22,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.weights import dummy_weights
 from tests.decode_steps import Steps, worker_options
+from tests.test_gpu_engine import LOGIT_TOLERANCE, assert_same_or_near_ties
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -215,6 +217,32 @@ def test_stages_are_timed_on_the_device(decoder, streams, name, is_eager):
     assert all(0 < stats["occupancy"][stage] <= 1.001 for stage in STAGES)
     assert 0 < stats["overlap"] <= 2.002
     pipeline.print_pipeline_statistics()
+
+
+def test_an_llm_decodes_in_two_stages_and_gives_the_partition_back(tmp_path):
+    folder = write_config("Qwen3-0.6B", tmp_path, num_hidden_layers=3)
+    prompts = [[(i * 37 + j) % 10_000 for j in range(1 + 5 * i)] for i in range(40)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=20)
+    sizes = {"max_num_seqs": 64, "num_kv_blocks": 1024, "max_model_len": 512}
+    options = {"device": "cuda:0", "load_format": "dummy"} | sizes
+    with LLM(folder, **options) as llm:
+        wanted = llm.generate(prompts, params)
+    asked = {"decode_attention_sm": 48, "decode_ffn_sm": 84, "decode_pipeline_profiling": True}
+    with LLM(folder, **options, enable_decode_pipeline=True, **asked) as llm:
+        found = llm.generate(prompts, params)
+        stats = llm.decode_runner.get_pipeline_statistics()
+        llm.decode_runner.print_pipeline_statistics()
+    # other products in a micro-batch than in the whole batch, so other rounding
+    assert_same_or_near_ties(found, wanted, LOGIT_TOLERANCE["bfloat16"])
+    assert stats["partitioning"] == "48:84" and stats["num_timed_steps"] > 5
+    assert stats["granted_sms"] == {"attention": 48, "ffn": 84}
+
+
+def test_more_sms_than_there_are_is_an_error(tmp_path):
+    folder = write_config("Qwen3-0.6B", tmp_path, num_hidden_layers=1)
+    asked = {"decode_attention_sm": 1000, "decode_ffn_sm": 84, "enable_decode_pipeline": True}
+    with pytest.raises(ValueError, match="must add up to at most the device's"):
+        LLM(folder, device="cuda:0", load_format="dummy", num_kv_blocks=64, **asked)
 
 
 def test_five_splits_of_every_bucket_take_little_memory_and_time(decoder, streams):
