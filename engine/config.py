@@ -86,7 +86,7 @@ class EngineConfig:
     decode_attention_sm: int = 48  # SMs asked for attention
     decode_ffn_sm: int = 84  # and for FFN
     decode_micro_batches: int = 2
-    decode_pipeline_min_requests: int = 16  # steps of fewer are serial
+    decode_pipeline_min_requests: int = 16  # steps of fewer are serial; not measured yet
     decode_pipeline_profiling: bool = False  # time the stages, at a cost
     disable_green: bool = False  # True: no green contexts are made
     seed: int = 0  # from which requests without a seed of their own get theirs

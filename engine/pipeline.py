@@ -17,8 +17,6 @@ from engine.stage_streams import StageStreams
 from engine.stage_times import TimedStreams
 from models.decoder import AttentionBatch, Decoder, StageBuffers
 
-MIN_REQUESTS = 16  # with fewer, a stage is over before the next is launched; not measured yet
-
 Key = tuple[str, int, int]  # the streams' name, rows of a micro-batch, which of two timed graphs
 MicroBatch = tuple[StageBuffers, AttentionBatch]
 
@@ -27,7 +25,8 @@ class DecodePipeline(DecodeWorker):
     """A DecodeWorker with two ways to run a step: serial, as it does itself, and pipelined.
 
     `modes` says which by the rows of a micro-batch: the streams, or None for serial. It may be
-    changed between steps: a graph that is not there yet is captured when it is first needed.
+    changed between steps: a graph that is not there yet is captured when it is first needed. Steps
+    of fewer than min_requests are serial whatever it says.
     """
 
     def __init__(
@@ -40,16 +39,16 @@ class DecodePipeline(DecodeWorker):
         graph_pool: GraphPool | None,
         device: torch.device,
         streams: Sequence[StageStreams],
+        min_requests: int,
         num_micro_batches: int = 2,
-        min_requests: int = MIN_REQUESTS,
         placement: Placement | None = None,
         is_timed: bool = False,
     ) -> None:
-        """buffers: for `num_rows` rows; streams: the first takes every step of min_requests or
-        more; none: all steps are serial; is_timed: read the stages' times, on a GPU alone, which
-        costs two graphs for one and events between their kernels.
+        """buffers: for `micro_batches.num_rows` rows; streams: the first has every step to begin
+        with; none: all are serial; is_timed: read the stages' times, on a GPU alone, which costs
+        two graphs for one and events between their kernels.
 
-        ValueError where a step has not two rows for each micro-batch, or not as many for each.
+        ValueError where there are not two micro-batches, or not as many rows for each.
         """
         options = {"max_model_len": max_model_len, "graph_pool": graph_pool, "device": device}
         super().__init__(decoder, kv_cache, buffers, **options)
@@ -69,9 +68,8 @@ class DecodePipeline(DecodeWorker):
             )
         self.sizes = batch_buckets(max_rows // num_micro_batches)  # rows of a micro-batch
         first = next(iter(streams), None)
-        self.modes: dict[int, StageStreams | None] = {
-            size: first if size * num_micro_batches >= min_requests else None for size in self.sizes
-        }
+        self.modes: dict[int, StageStreams | None] = dict.fromkeys(self.sizes, first)
+        self._min_requests = min_requests
         self.statistics = PipelineStats()
         if first is not None:
             self.statistics.partitioning = first.name
@@ -82,22 +80,22 @@ class DecodePipeline(DecodeWorker):
         self._turn = 0
 
     def warm_up(self) -> None:
-        """Compile the kernels and capture the graphs of every mode that steps may come to."""
-        turns = range(1 + self._is_timed)
-        for size in reversed(self.sizes):
-            if (streams := self.modes[size]) is not None:
-                for turn in turns:
-                    self.inputs.upload({}, self._padding)
-                    self.graphs.run((streams.name, size, turn), self._pipelined_step)
+        """Compile the kernels and capture the graphs that steps may come to as modes stand."""
         max_num_seqs = len(self.buffers.logits)
-        serial = {
-            self._bucket_of(num)
-            for num in range(1, max_num_seqs + 1)
-            if self.modes[self._size_of(num)] is None
-        }
-        for bucket in sorted(serial, reverse=True):
-            self.inputs.upload({}, self._padding)
-            self.graphs.run(bucket, self._step)
+        for num_requests in range(max_num_seqs, 0, -1):
+            for key in self._keys_of(num_requests):
+                if key not in self.graphs.captured:
+                    self.inputs.upload({}, self._padding)
+                    is_serial = isinstance(key, int)
+                    self.graphs.run(key, self._step if is_serial else self._pipelined_step)
+
+    def _keys_of(self, num_requests: int) -> list[Key | int]:
+        """The graphs of steps of so many requests."""
+        streams = self._mode_of(num_requests)
+        if streams is None:
+            return [self._bucket_of(num_requests)]
+        size = self._size_of(num_requests)
+        return [(streams.name, size, turn) for turn in range(1 + self._is_timed)]
 
     def close(self) -> None:
         """Drop the graphs, then give the partitions back."""
@@ -121,12 +119,17 @@ class DecodePipeline(DecodeWorker):
         most = -(-num_requests // self.num_micro_batches)
         return next(size for size in self.sizes if size >= most)
 
+    def _mode_of(self, num_requests: int) -> StageStreams | None:
+        """The streams of such a step; None: it is serial."""
+        is_small = num_requests < self._min_requests
+        return None if is_small else self.modes[self._size_of(num_requests)]
+
     def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
-        size = self._size_of(len(requests))
-        streams = self.modes[size]
+        streams = self._mode_of(len(requests))
         if streams is None:
             self.statistics.step_launched(SERIAL, self._bucket_of(len(requests)), len(requests))
             return super()._run_step(requests, columns)
+        size = self._size_of(len(requests))
         micro_batches = cut(columns["context_lens"], self.num_micro_batches)
         rows = places(micro_batches, size)
         self.inputs.upload(self._placed(columns, rows), self._padding)

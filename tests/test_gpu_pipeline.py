@@ -252,7 +252,7 @@ def test_five_splits_of_every_bucket_take_little_memory_and_time(decoder, stream
     pool = torch.cuda.graph_pool_handle()
     shape = {"block_size": 16, "max_model_len": MAX_MODEL_LEN, "graph_pool": pool}
     options = worker_options(decoder, 0, MAX_NUM_SEQS, 2, **shape)
-    pipeline = DecodePipeline(**options, streams=chosen_streams)
+    pipeline = DecodePipeline(**options, streams=chosen_streams, min_requests=1)
     torch.cuda.synchronize(DEVICE)
     before = torch.cuda.mem_get_info(DEVICE)[0]
     for some in chosen_streams:
