@@ -24,8 +24,8 @@ class GreenStreams:
     them must not be replayed afterwards. No green context is ever made current.
 
     Make all that are needed at start-up and choose among them: each takes milliseconds, and close()
-    does not give everything back. Of two stages that had run a kernel, driver 580 kept 8 MiB of the
-    GPU's memory until the process ended, every time.
+    does not give everything back. Of two stages that had run a kernel, driver 580 kept 8 MiB of an
+    H100's memory, each time.
     """
 
     def __init__(self, partition: Partition, device: torch.device | str) -> None:
