@@ -78,14 +78,19 @@ def verdict(claimed: float, over_one: float, over_replicas: float) -> str:
 
 
 def newest_run(
-    readings: Sequence[EngineReading], model: str, workload: str
+    readings: Sequence[EngineReading],
+    model: str,
+    workload: str,
+    load: float | None = None,
+    *,
+    configs: Sequence[str] = CONFIGS,
 ) -> dict[str, list[EngineReading]] | None:
-    """Readings by configuration of the last run that has all of CONFIGS; None: there is none."""
+    """Readings by configuration of the last run that has all of configs; None: there is none."""
     runs: dict[object, dict[str, list[EngineReading]]] = {}
     for r in readings:
-        if (r.model, r.workload, r.eager) == (model, workload, False):
+        if (r.model, r.workload, r.load, r.eager) == (model, workload, load, False):
             runs.setdefault(r.run, {}).setdefault(r.config, []).append(r)
-    whole = [run for run in runs.values() if all(config in run for config in CONFIGS)]
+    whole = [run for run in runs.values() if all(config in run for config in configs)]
     return max(whole, key=lambda run: run["pd"][0].date, default=None)
 
 

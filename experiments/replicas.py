@@ -5,6 +5,7 @@ alike, and none shares an interpreter, a device's memory pool or a start-up with
 """
 
 import multiprocessing
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from engine import LLM, SamplingParams
 from experiments.harness import environment
@@ -105,6 +108,7 @@ class Replicas:
 
 def _work(connection: Connection, folder: Path, options: dict[str, Any]) -> None:
     """The process of one engine. Answers are (answer, None) or (None, why it failed)."""
+    tqdm.set_lock(threading.RLock())  # one between processes is called leaked where one is killed
     try:
         connection.recv()
         with LLM(folder, **options) as llm:
