@@ -10,6 +10,10 @@ from engine.stage_times import TimedStreams
 from tests.checkpoints import save_random
 from tests.decode_steps import Steps, decoder_of, row_by_row, worker_options
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="stands in for all events; test_gpu_pipeline has real ones"
+)
+
 
 class Event:
     """An event on a clock that every record moves on by a millisecond."""
