@@ -38,6 +38,14 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--num-kv-blocks", type=int, metavar="N")
     engine.add_argument("--gpu-memory-utilization", type=float, metavar="F")
     engine.add_argument("--enforce-eager", action="store_true", default=None)
+    engine.add_argument(
+        "--decode-pipeline",
+        choices=["static", "disabled"],
+        help="attention and FFN of decode on SMs of their own",
+    )
+    engine.add_argument("--decode-attention-sm", type=int, metavar="N", help="SMs for attention")
+    engine.add_argument("--decode-ffn-sm", type=int, metavar="N", help="SMs for FFN")
+    engine.add_argument("--disable-green", action="store_true", default=None)
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, metavar="N")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
@@ -69,6 +77,10 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_kv_blocks",
         "gpu_memory_utilization",
         "enforce_eager",
+        "decode_pipeline",
+        "decode_attention_sm",
+        "decode_ffn_sm",
+        "disable_green",
     ]
     sizes = {
         "max_num_seqs": CLI_MAX_NUM_SEQS,

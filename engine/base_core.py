@@ -22,6 +22,7 @@ class BaseCore(ABC):
     """Requests in, token ids out. Knows no text."""
 
     scheduler: BaseScheduler
+    decode: DecodeWorker
 
     def __init__(self, model_config: ModelConfig) -> None:
         self.model_config = model_config
@@ -39,6 +40,11 @@ class BaseCore(ABC):
         An exception in a launch puts its requests back into the queue, blocks returned, and is
         raised again.
         """
+
+    def close(self) -> None:
+        """Give back what memory alone does not free; nothing may be launched afterwards."""
+        self.drain()
+        self.decode.close()
 
     @abstractmethod
     def drain(self) -> None:

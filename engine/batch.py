@@ -186,10 +186,12 @@ class Launched:
         requests: Sequence[Request],
         token_ids: Tensor,
         logits: Tensor,
+        places: Sequence[int] | None = None,
     ) -> None:
         """span: of the launch, stopped here; token_ids: [B] int64 and logits: [B, V] on the
-        device, row by row the requests'."""
+        device; places: each request's row there; None: row by row the requests'."""
         self.phase: Phase = phase
+        self._places = range(len(requests)) if places is None else places
         self.requests = [(request, request.epoch) for request in requests]
         self.span = span
         self._logprobs = _wanted_logprobs(requests, token_ids, logits)
@@ -204,14 +206,16 @@ class Launched:
     def wait(self) -> list[int]:
         """The token ids, once they are on the host."""
         self.span.wait()
-        return self._token_ids.tolist()
+        token_ids = self._token_ids.tolist()
+        return [token_ids[place] for place in self._places]
 
-    def logprobs_of(self, row: int, token_id: int) -> dict[int, float] | None:
-        """{token id: log-probability} where the row's request asked for them; `wait` first."""
-        num_top = self.requests[row][0].params.logprobs
+    def logprobs_of(self, index: int, token_id: int) -> dict[int, float] | None:
+        """{token id: log-probability} where the request of this index asked for them; `wait`
+        first."""
+        num_top = self.requests[index][0].params.logprobs
         if num_top is None or self._logprobs is None:
             return None
-        return self._logprobs.row(row, token_id, num_top)
+        return self._logprobs.row(self._places[index], token_id, num_top)
 
 
 def _wanted_logprobs(

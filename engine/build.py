@@ -1,16 +1,22 @@
 """What a core is built from: kernels, a decoder and KV blocks, as an EngineConfig asks for them."""
 
 import math
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from engine.config import EngineConfig
+from engine.decode import DecodeWorker
 from engine.graphs import GraphPool
 from engine.kv_cache import KVCache, num_blocks_that_fit
+from engine.micro_batches import num_rows
+from engine.pipeline import DecodePipeline
+from engine.stage_streams import GpuStreams, InOrder, StageStreams
+from green.driver import GreenContextError
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, StageBuffers
 from models.weights import dummy_weights, load_weights
 
 
@@ -90,3 +96,58 @@ def graph_pool(config: EngineConfig, device: torch.device) -> GraphPool | None:
     # the references look at values on the host, which a capture does not allow
     has_graphs = device.type == "cuda" and config.resolve_kernels(str(device)) == "triton"
     return torch.cuda.graph_pool_handle() if has_graphs and not config.enforce_eager else None
+
+
+def decode_buffers(config: EngineConfig, decoder: Decoder) -> StageBuffers:
+    """For as many requests as may run, whichever way a step is cut."""
+    rows = config.max_num_seqs
+    if config.has_decode_pipeline:
+        rows = num_rows(rows, config.decode_micro_batches)
+    return decoder.buffers(rows, rows, decode=True)
+
+
+def make_decode_worker(
+    config: EngineConfig,
+    decoder: Decoder,
+    kv_cache: KVCache,
+    buffers: StageBuffers,
+    *,
+    max_model_len: int,
+    pool: GraphPool | None,
+    device: torch.device,
+) -> DecodeWorker:
+    """A DecodePipeline where one is asked for, serial and warning where it has no partition."""
+    options = {"max_model_len": max_model_len, "graph_pool": pool, "device": device}
+    if not config.has_decode_pipeline:
+        return DecodeWorker(decoder, kv_cache, buffers, **options)
+    streams, why_none = _stage_streams(config, device)
+    worker = DecodePipeline(
+        decoder,
+        kv_cache,
+        buffers,
+        **options,
+        streams=[] if streams is None else [streams],
+        num_micro_batches=config.decode_micro_batches,
+        min_requests=config.decode_pipeline_min_requests,
+        is_timed=config.decode_pipeline_profiling,
+    )
+    worker.statistics.why_none = why_none
+    worker.statistics.asked_sms = (config.decode_attention_sm, config.decode_ffn_sm)
+    return worker
+
+
+def _stage_streams(
+    config: EngineConfig, device: torch.device
+) -> tuple[StageStreams | None, str | None]:
+    """The partition that is asked for, or None and why there is none; on a CPU, and with the
+    references, a stand-in. ValueError where the device has not so many SMs."""
+    if device.type != "cuda" or config.resolve_kernels(str(device)) != "triton":
+        return InOrder(), None
+    if config.disable_green:
+        return None, "disable_green is set"
+    try:
+        asked = (config.decode_attention_sm, config.decode_ffn_sm)
+        return GpuStreams.partitioned(asked, device), None
+    except GreenContextError as error:
+        warnings.warn(f"decode is serial, not pipelined: {error}", stacklevel=2)
+        return None, str(error)

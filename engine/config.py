@@ -13,6 +13,7 @@ from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+MIN_STAGE_SMS = 8  # the smallest partition of a GPU that has green contexts worth the name
 
 
 class OneDeviceWarning(UserWarning):
@@ -78,6 +79,16 @@ class EngineConfig:
     # how KV blocks are handed over: slab (whole, once a prompt is computed), push (by layers, while
     # it is) or auto (by the prompt's length)
     kv_handoff: str = "auto"
+    # decode's attention and FFN at the same time on SMs of their own, for micro-batches in turn;
+    # enable_decode_pipeline=True is decode_pipeline="static". Serial where that cannot be had.
+    enable_decode_pipeline: bool = False
+    decode_pipeline: str = "disabled"  # static (the split below, whatever the batch) | disabled
+    decode_attention_sm: int = 48  # SMs asked for attention
+    decode_ffn_sm: int = 84  # and for FFN
+    decode_micro_batches: int = 2
+    decode_pipeline_min_requests: int = 16  # steps of fewer are serial; not measured yet
+    decode_pipeline_profiling: bool = False  # time the stages, at a cost
+    disable_green: bool = False  # True: no green contexts are made
     seed: int = 0  # from which requests without a seed of their own get theirs
 
     @classmethod
@@ -95,6 +106,7 @@ class EngineConfig:
         self._check_two_gpus()
         self._check_device()
         self._check_sizes()
+        self._check_decode_pipeline()
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enforce_eager", self.enforce_eager)
@@ -153,6 +165,26 @@ class EngineConfig:
         check_number("gpu_memory_utilization", share, "a number in (0, 1]", 0.0, 1.0)
         if share == 0:
             raise ValueError(f"gpu_memory_utilization must be a number in (0, 1], got {share!r}")
+
+    def _check_decode_pipeline(self) -> None:
+        check_bool("enable_decode_pipeline", self.enable_decode_pipeline)
+        check_choice("decode_pipeline", self.decode_pipeline, ("static", "disabled"))
+        check_int("decode_attention_sm", self.decode_attention_sm, MIN_STAGE_SMS)
+        check_int("decode_ffn_sm", self.decode_ffn_sm, MIN_STAGE_SMS)
+        check_int("decode_micro_batches", self.decode_micro_batches, 2)
+        check_int("decode_pipeline_min_requests", self.decode_pipeline_min_requests, 1)
+        check_bool("decode_pipeline_profiling", self.decode_pipeline_profiling)
+        check_bool("disable_green", self.disable_green)
+        if self.has_decode_pipeline and self.max_num_seqs < self.decode_micro_batches:
+            raise ValueError(
+                "max_num_seqs must hold a request for each of the "
+                f"{self.decode_micro_batches} micro-batches, got {self.max_num_seqs}"
+            )
+
+    @property
+    def has_decode_pipeline(self) -> bool:
+        """Whether decode is to be pipelined."""
+        return self.enable_decode_pipeline or self.decode_pipeline != "disabled"
 
     def resolve_device(self) -> str:
         """Return "cpu" or "cuda:N", a device that is there."""

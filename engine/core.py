@@ -8,9 +8,16 @@ import torch
 from engine.base_core import BaseCore, OnToken
 from engine.batch import Launched
 from engine.block_manager import BlockManager
-from engine.build import graph_pool, longest_request, make_cache, make_decoder, num_kv_blocks
+from engine.build import (
+    decode_buffers,
+    graph_pool,
+    longest_request,
+    make_cache,
+    make_decode_worker,
+    make_decoder,
+    num_kv_blocks,
+)
 from engine.config import EngineConfig
-from engine.decode import DecodeWorker
 from engine.device import DeviceStream
 from engine.prefill import PrefillWorker, token_buckets
 from engine.request import Request
@@ -42,7 +49,7 @@ class Core(BaseCore):
         self.dtype = decoder.weights.embedding.dtype
         num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
         prefill_buffers = decoder.buffers(num_tokens, num_seqs, decode=False)
-        decode_buffers = decoder.buffers(num_seqs, num_seqs, decode=True)
+        buffers = decode_buffers(config, decoder)
         # last, for it may take what memory is left
         self.kv_cache = make_cache(config, decoder, num_kv_blocks(config, decoder))
         self.block_manager = BlockManager(
@@ -60,12 +67,13 @@ class Core(BaseCore):
             graph_pool=pool,
             device=device,
         )
-        self.decode = DecodeWorker(
+        self.decode = make_decode_worker(
+            config,
             decoder,
             self.kv_cache,
-            decode_buffers,
+            buffers,
             max_model_len=self.max_model_len,
-            graph_pool=pool,
+            pool=pool,
             device=device,
         )
         self.scheduler = Scheduler(

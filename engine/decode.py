@@ -1,6 +1,6 @@
 """DecodeWorker: one token for every running request, as one CUDA graph per batch bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
 from engine.request import Request
 from models.decoder import AttentionBatch, Decoder, StageBuffers
+
+Columns = Mapping[str, Sequence[int] | Sequence[float]]  # an input field -> a value per request
 
 STEP_FIELDS = {
     "rows": np.int64,  # the request's row in the tables that stay on the device
@@ -100,17 +102,30 @@ class DecodeWorker:
         """One token for each of these admitted requests."""
         span = Span(self.device)
         self._send_blocks(requests, table_of)
-        size = next(bucket for bucket in self.buckets if bucket >= len(requests))
-        self.inputs.upload(self._columns(requests, table_of), self._padding)
-        self.graphs.run(size, self._step)
-        token_ids, logits = self._sampled[: len(requests)], self.buffers.logits[: len(requests)]
-        return Launched("decode", span, requests, token_ids, logits)
+        places = self._run_step(requests, self._columns(requests, table_of))
+        size = max(places) + 1
+        token_ids, logits = self._sampled[:size], self.buffers.logits[:size]
+        return Launched("decode", span, requests, token_ids, logits, places)
+
+    def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
+        """Run or replay the step over these inputs; returns each request's row in it."""
+        self.inputs.upload(columns, self._padding)
+        self.graphs.run(self._bucket_of(len(requests)), self._step)
+        return range(len(requests))
+
+    def _bucket_of(self, num_requests: int) -> int:
+        """Rows of a step of so many requests."""
+        return next(bucket for bucket in self.buckets if bucket >= num_requests)
 
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs of every bucket, over padding alone."""
         for size in reversed(self.buckets):
             self.inputs.upload({}, self._padding)
             self.graphs.run(size, self._step)
+
+    def close(self) -> None:
+        """Drop the graphs; nothing may be launched afterwards."""
+        self.graphs.captured.clear()
 
     def _send_blocks(self, requests: Sequence[Request], table_of: BlockTableOf) -> None:
         """Append to the device's block tables what was granted since the last step."""
@@ -130,9 +145,7 @@ class DecodeWorker:
             values = to_device(blocks, np.int32, self.device)
             self.block_table.view(-1).index_copy_(0, index, values)
 
-    def _columns(
-        self, requests: Sequence[Request], table_of: BlockTableOf
-    ) -> dict[str, Sequence[int] | Sequence[float]]:
+    def _columns(self, requests: Sequence[Request], table_of: BlockTableOf) -> Columns:
         block_size = self.kv_cache.block_size
         # the newest token's place: the one this step draws comes behind it
         positions = [request.num_tokens - 2 for request in requests]
@@ -149,24 +162,33 @@ class DecodeWorker:
 
     def _step(self, size: int) -> None:
         """Embed to sampled token for the first `size` rows of the inputs, in static buffers."""
-        inputs = {name: tensor[:size] for name, tensor in self.inputs.tensors.items()}
-        rows = inputs["rows"]
-        token_ids = self._step_token_ids[:size]
-        block_table = self._step_block_table[:size]
-        sampled = self._sampled[:size]
+        self._begin(size)
+        rows = slice(size)
+        buffers = self.buffers.micro_batch(rows)
+        self.decoder.layers(buffers, self._attention_batch(rows), self.kv_cache.layers)
+        self._end(size)
+
+    def _begin(self, size: int) -> None:
+        """Newest tokens and block tables of the step's rows, and the tokens' embeddings."""
+        rows, token_ids = self.inputs.tensors["rows"][:size], self._step_token_ids[:size]
         torch.index_select(self.token_ids, 0, rows, out=token_ids)
-        torch.index_select(self.block_table, 0, rows, out=block_table)
-        buffers: StageBuffers = self.buffers.first(size, size)
-        batch = AttentionBatch(
-            positions=inputs["positions"],
-            slot_mapping=inputs["slot_mapping"],
-            block_table=block_table,
-            context_lens=inputs["context_lens"],
+        torch.index_select(self.block_table, 0, rows, out=self._step_block_table[:size])
+        self.decoder.embed(token_ids, self.buffers.first(size, size))
+
+    def _attention_batch(self, rows: slice) -> AttentionBatch:
+        inputs = self.inputs.tensors
+        return AttentionBatch(
+            positions=inputs["positions"][rows],
+            slot_mapping=inputs["slot_mapping"][rows],
+            block_table=self._step_block_table[rows],
+            context_lens=inputs["context_lens"][rows],
         )
-        self.decoder.embed(token_ids, buffers)
-        self.decoder.layers(buffers, batch, self.kv_cache.layers)
+
+    def _end(self, size: int) -> None:
+        """Logits and tokens of the step's rows; the tokens are the newest of their requests."""
+        buffers, sampled = self.buffers.first(size, size), self._sampled[:size]
         logits = self.decoder.lm_head(buffers.hidden, buffers)
-        sampling = [inputs[name] for name in SAMPLING]
+        sampling = [self.inputs.tensors[name][:size] for name in SAMPLING]
         workspace = buffers.sample_workspace
         self.decoder.ops.sample(logits, *sampling, workspace=workspace, out=sampled)
-        self.token_ids.index_copy_(0, rows, sampled)
+        self.token_ids.index_copy_(0, self.inputs.tensors["rows"][:size], sampled)

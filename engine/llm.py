@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core import Core
+from engine.decode import DecodeWorker
 from engine.detokenizer import Detokenizer
 from engine.interrupt import deferred
 from engine.pd_core import PDCore
+from engine.pipeline import DecodePipeline
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.stats import as_text
 from engine.text import chat_token_ids, encode_prompt, load_tokenizer
@@ -102,7 +104,7 @@ class LLM:
             return
         for request_id in list(self._jobs):
             self.abort(request_id)
-        self._core.drain()
+        self._core.close()
         self._core = None
         self._jobs.clear()
         self._touched.clear()
@@ -211,6 +213,12 @@ class LLM:
         max_decode_backlog) and credits (free decode blocks that no request was promised).
         """
         return self._require_core().statistics()
+
+    @property
+    def decode_runner(self) -> DecodeWorker | DecodePipeline:
+        """What launches decode steps; with enable_decode_pipeline a DecodePipeline, which has
+        get_pipeline_statistics() and print_pipeline_statistics()."""
+        return self._require_core().decode
 
     def print_statistics(self) -> None:
         """Print what `stats` gives, in lines to be read."""

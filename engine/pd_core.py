@@ -19,9 +19,11 @@ from engine.base_scheduler import PrefillChunk
 from engine.batch import Launched
 from engine.block_manager import BlockManager
 from engine.build import (
+    decode_buffers,
     graph_pool,
     longest_request,
     make_cache,
+    make_decode_worker,
     make_decoder,
     num_kv_blocks,
     num_prefill_blocks,
@@ -89,17 +91,18 @@ class PDCore(BaseCore):
                 self._warm_up(worker)
 
     def _build_decode(self, config: EngineConfig, folder: Path, model_len: int) -> DecodeWorker:
-        device, num_seqs = self._decode_side.device, config.max_num_seqs
+        device = self._decode_side.device
         decoder = make_decoder(config, self.model_config, folder, device, model_len)
-        buffers = decoder.buffers(num_seqs, num_seqs, decode=True)
+        buffers = decode_buffers(config, decoder)
         # last, for it may take what memory is left
         kv_cache = make_cache(config, decoder, num_kv_blocks(config, decoder))
-        return DecodeWorker(
+        return make_decode_worker(
+            config,
             decoder,
             kv_cache,
             buffers,
             max_model_len=min(model_len, kv_cache.num_blocks * config.block_size),
-            graph_pool=graph_pool(config, device),
+            pool=graph_pool(config, device),
             device=device,
         )
 

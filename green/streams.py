@@ -22,6 +22,10 @@ class GreenStreams:
 
     close() them, or use them in a `with`: first streams end, then contexts. Graphs captured on
     them must not be replayed afterwards. No green context is ever made current.
+
+    Make all that are needed at start-up and choose among them: each takes milliseconds, and close()
+    does not give everything back. Of two stages that had run a kernel, driver 580 kept 8 MiB of an
+    H100's memory, each time.
     """
 
     def __init__(self, partition: Partition, device: torch.device | str) -> None:

@@ -48,10 +48,20 @@ class StageBuffers:
 
     def first(self, num_tokens: int, num_rows: int) -> "StageBuffers":
         """The same buffers, cut to the launch's tokens and sampled rows."""
+        return self._cut(slice(num_tokens), slice(num_rows))
+
+    def micro_batch(self, rows: slice) -> "StageBuffers":
+        """The same buffers, cut to some of the rows of a step with one token a row.
+
+        Micro-batches of other rows share none of it but the scratch of attention and sampling.
+        """
+        return self._cut(rows, rows)
+
+    def _cut(self, tokens: slice, rows: slice) -> "StageBuffers":
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("hidden", "rstd", "qkv", "q", "attention", "act"):
-            cut[name] = cut[name][:num_tokens]
-        return StageBuffers(**cut | {"logits": self.logits[:num_rows]})
+            cut[name] = cut[name][tokens]
+        return StageBuffers(**cut | {"logits": self.logits[rows]})
 
 
 class Decoder:
@@ -105,15 +115,35 @@ class Decoder:
     ) -> None:
         """buffers.hidden -> buffers.attention. kv_cache: this layer's [num_blocks, 2, block_size,
         H_KV, D]; the tokens' k and v are stored there first."""
-        w, eps = self.weights.layers[layer], self.config.rms_norm_eps
+        self.project_qkv(layer, buffers)
+        self.attend(layer, buffers, batch, kv_cache)
+
+    def project_qkv(self, layer: int, buffers: StageBuffers, *, num_sms: int | None = None) -> None:
+        """buffers.hidden -> buffers.qkv, the input norm included. num_sms: SMs that the launch may
+        count on, here as below; None: all of the device."""
+        w = self.weights.layers[layer]
         self.ops.linear(
             buffers.hidden,
             w.qkv,
             w.qkv_bias,
-            rms_eps=eps,
+            rms_eps=self.config.rms_norm_eps,
             rstd=buffers.rstd,
             out=buffers.qkv,
+            **_grid(num_sms),
         )
+
+    def attend(
+        self,
+        layer: int,
+        buffers: StageBuffers,
+        batch: AttentionBatch,
+        kv_cache: Tensor,
+        *,
+        num_sms: int | None = None,
+    ) -> None:
+        """buffers.qkv -> buffers.attention, by way of buffers.q and the tokens' place in kv_cache.
+        num_sms counts for a token of each request alone; prefill takes what there is."""
+        w = self.weights.layers[layer]
         self.ops.rope_store(
             buffers.qkv,
             batch.positions,
@@ -122,12 +152,9 @@ class Decoder:
             kv_cache,
             w.q_norm,
             w.k_norm,
-            eps,
+            self.config.rms_norm_eps,
             out=buffers.q,
         )
-        self._attend(buffers, batch, kv_cache)
-
-    def _attend(self, buffers: StageBuffers, batch: AttentionBatch, kv_cache: Tensor) -> None:
         if batch.cu_seqlens is None:
             self.ops.decode_attention(
                 buffers.q,
@@ -137,6 +164,7 @@ class Decoder:
                 self.scale,
                 workspace=buffers.workspace,
                 out=buffers.attention,
+                **_grid(num_sms),
             )
         else:
             self.ops.prefill_attention(
@@ -152,9 +180,18 @@ class Decoder:
 
     def ffn_stage(self, layer: int, buffers: StageBuffers) -> None:
         """buffers.attention, buffers.hidden -> buffers.hidden."""
+        self.project_o(layer, buffers)
+        self.mlp(layer, buffers)
+
+    def project_o(self, layer: int, buffers: StageBuffers, *, num_sms: int | None = None) -> None:
+        """buffers.hidden += the output projection of buffers.attention."""
+        w, attention = self.weights.layers[layer], buffers.attention.flatten(1)
+        hidden = buffers.hidden
+        self.ops.linear(attention, w.o, w.o_bias, hidden, out=hidden, **_grid(num_sms))
+
+    def mlp(self, layer: int, buffers: StageBuffers, *, num_sms: int | None = None) -> None:
+        """buffers.hidden += the MLP of it, the post-attention norm included."""
         w = self.weights.layers[layer]
-        attention = buffers.attention.flatten(1)
-        self.ops.linear(attention, w.o, w.o_bias, buffers.hidden, out=buffers.hidden)
         self.ops.mlp(
             buffers.hidden,
             w.gate_up,
@@ -163,6 +200,7 @@ class Decoder:
             rstd=buffers.rstd,
             act=buffers.act,
             out=buffers.hidden,
+            **_grid(num_sms),
         )
 
     def layers(
@@ -183,3 +221,8 @@ class Decoder:
             out=buffers.normed[: len(hidden)],
         )
         return self.ops.linear(normed, self.weights.lm_head, out=buffers.logits)
+
+
+def _grid(num_sms: int | None) -> dict[str, int]:
+    """The launchers' argument for a partition; the references, which have no grid, know none."""
+    return {} if num_sms is None else {"num_sms": num_sms}

@@ -43,6 +43,14 @@ BAD_OPTIONS = [
     ("prefill_kv_fraction", 1.5, "(0, 1]"),
     ("max_decode_backlog", 0, ">= 1"),
     ("kv_handoff", "pull", "one of auto, push, slab"),
+    ("enable_decode_pipeline", 1, "True or False"),
+    ("decode_pipeline", "dynamic", "one of static, disabled"),
+    ("decode_attention_sm", 7, ">= 8"),
+    ("decode_ffn_sm", 84.0, "integer >= 8"),
+    ("decode_micro_batches", 1, ">= 2"),
+    ("decode_pipeline_min_requests", 0, ">= 1"),
+    ("decode_pipeline_profiling", "yes", "True or False"),
+    ("disable_green", None, "True or False"),
 ]
 
 
@@ -70,6 +78,14 @@ def test_options_reach_their_fields(tmp_path: Any) -> None:
     assert (config.model, config.max_num_batched_tokens) == (str(tmp_path), 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.block_size = 2  # type: ignore[misc]
+
+
+def test_a_pipeline_needs_a_request_for_each_micro_batch() -> None:
+    options = {"max_num_seqs": 2, "decode_micro_batches": 3}
+    assert not EngineConfig(model="m", **options).has_decode_pipeline
+    for asked in ({"enable_decode_pipeline": True}, {"decode_pipeline": "static"}):
+        with pytest.raises(ValueError, match="each of the 3 micro-batches, got 2"):
+            EngineConfig(model="m", **options, **asked)
 
 
 @pytest.fixture(params=[0, 2])

@@ -1,0 +1,220 @@
+"""A decode step serial and pipelined, on two plain streams and on partitions of the SMs.
+
+    python -m experiments.bench_pipeline --model Qwen3-8B --layers 6 --cells 512x512 1024x512
+        --splits 40:92 48:84 56:76 [--num 2] [--qkv ffn] [--o attention] [--timed]
+
+A cell is batch x context, all requests of one length; weights and KV blocks are random. Each mode
+is one CUDA graph, timed over replays: `serial`, the whole batch in one piece; `in order`, the cut
+of the pipeline on one stream; `plain`, two streams that share all SMs, their kernels' grids whole
+or, as `plain 40:92`, as large as the split; and each split. Tokens and logits of a mode are
+compared with those of `in order`, to the bit. Times of few layers stand for a model's once what a
+step does around its layers (ends_ms: embedding, LM head, sampling) is taken off. A row for each
+mode of each cell goes to experiments/results/pipeline.csv.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.build import ops_of
+from engine.kv_cache import KVCache
+from engine.pipeline_stats import SERIAL
+from engine.stage_schedule import STAGES, Placement
+from engine.stage_streams import GpuStreams, InOrder, StageStreams
+from experiments.harness import RESULTS, append_row, environment, table
+from experiments.pipeline_cell import BLOCK_SIZE, Cell
+from experiments.shapes import SHAPES, write_config
+from green.driver import GreenContextError
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.weights import dummy_weights
+
+SPLITS = ("24:108", "32:100", "40:92", "48:84", "56:76", "64:68")
+TABLE = ("batch", "context", "mode", "ms_p50", "of_serial", "same_logits", "overlap")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode of one cell."""
+
+    model: str
+    num_layers: int
+    batch: int
+    context: int
+    mode: str
+    num_micro_batches: int
+    qkv_stage: str
+    o_stage: str
+    attention_sms: int | str  # granted; empty where a stage has none of its own
+    ffn_sms: int | str
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ends_ms: float  # of each of these, the part that is not layers
+    same_tokens: int  # tokens of the batch that `in order` draws too
+    same_logits: bool  # all bits of all logits
+    attention_ms: float | str  # busy, by events in a graph of its own; empty without --timed
+    ffn_ms: float | str
+    layers_ms: float | str
+    overlap: float | str
+    capture_ms: float
+    kv_bytes: int  # of all layers
+    layer_bytes: int  # weights of all layers, once; each micro-batch reads them
+    layer_flops: int  # of the products
+    head_bytes: int
+
+
+def measure(cell: Cell, modes: Sequence[StageStreams], args: argparse.Namespace) -> Iterator[Row]:
+    """A row for the serial step, then one for each mode; the first of these is `in order`."""
+    counts = _counts(cell)
+    ends_ms = cell.ends().p50
+    wanted_ids, wanted = cell.step(modes[0]), cell.buffers.logits.clone()
+    for mode in (None, *modes):
+        cell.buffers.logits.zero_()
+        token_ids = cell.step(mode)
+        same_logits = _same_bits(cell.buffers.logits, wanted)
+        times = cell.time(mode)
+        is_timed = args.timed and mode is not None and cell.pipeline.device.type == "cuda"
+        empty = dict.fromkeys(("attention_ms", "ffn_ms", "layers_ms", "overlap"), "")
+        granted = None if mode is None else mode.granted
+        attention_sms, ffn_sms = ("", "") if granted is None else granted
+        yield Row(
+            model=args.model,
+            num_layers=len(cell.pipeline.kv_cache.layers),
+            batch=cell.batch,
+            context=cell.context,
+            mode=SERIAL if mode is None else mode.name,
+            num_micro_batches=1 if mode is None else args.num,
+            qkv_stage=args.qkv,
+            o_stage=args.o,
+            attention_sms=attention_sms,
+            ffn_sms=ffn_sms,
+            ms_p20=times.p20,
+            ms_p50=times.p50,
+            ms_p80=times.p80,
+            ends_ms=ends_ms,
+            same_tokens=sum(a == b for a, b in zip(token_ids, wanted_ids, strict=True)),
+            same_logits=same_logits,
+            **(cell.stage_times(mode) if is_timed else empty),
+            capture_ms=cell.capture_ms[mode],
+            **counts,
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _counts(cell: Cell) -> dict[str, int]:
+    """What a step reads and computes, by arithmetic."""
+    decoder = cell.pipeline.decoder
+    weights, c = decoder.weights, decoder.config
+    itemsize = weights.embedding.element_size()
+    matrices = [m for w in weights.layers for m in (w.qkv, w.o, w.gate_up, w.down)]
+    num_weights = sum(m.numel() for m in matrices)
+    return {
+        "kv_bytes": cell.batch * cell.context * c.kv_bytes_per_token(itemsize),
+        "layer_bytes": num_weights * itemsize,
+        "layer_flops": 2 * cell.batch * num_weights,
+        "head_bytes": weights.lm_head.numel() * itemsize,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every cell, append each row to the CSV at once, print a table."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read where CUDA starts
+    args = _parse(argv)
+    start = time.perf_counter()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    stamp, lines = environment(device), []
+    with ExitStack() as stack, torch.inference_mode():
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # captures need one
+        decoder = _decoder(args, device)
+        kv_cache = _kv_cache(decoder, args.cells)
+        placement = Placement(qkv=args.qkv, o=args.o)
+        modes = [InOrder(), *_streams(stack, args, device)]
+        for batch, context in args.cells:
+            serial_ms = None
+            cell = Cell(decoder, kv_cache, batch, context, modes, args.num, placement)
+            for row in measure(cell, modes, args):
+                append_row(args.out, asdict(row) | stamp)
+                serial_ms = row.ms_p50 if serial_ms is None else serial_ms
+                lines.append(asdict(row) | {"of_serial": serial_ms / row.ms_p50})
+    print(table(lines, list(TABLE)))
+    print(f"{time.perf_counter() - start:.0f} seconds, compilation included")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
+    p.add_argument("--layers", type=int, default=6, help="layers of it to run (default: 6)")
+    p.add_argument("--cells", nargs="+", type=_pair("x"), default=[(512, 512), (1024, 512)])
+    p.add_argument("--splits", nargs="*", type=_pair(":"), default=[*map(_pair(":"), SPLITS)])
+    p.add_argument("--num", type=int, default=2, help="micro-batches (default: 2)")
+    p.add_argument("--qkv", choices=STAGES, default="attention", help="stage of the projection")
+    p.add_argument("--o", choices=STAGES, default="ffn", help="stage of the projection")
+    p.add_argument("--timed", action="store_true", help="also each stage's time, in other graphs")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--out", type=Path, default=RESULTS / "pipeline.csv")
+    return p.parse_args(argv)
+
+
+def _pair(separator: str) -> Any:
+    def pair(text: str) -> tuple[int, int]:
+        first, second = text.split(separator)
+        return int(first), int(second)
+
+    return pair
+
+
+def _decoder(args: argparse.Namespace, device: torch.device) -> Decoder:
+    with TemporaryDirectory() as folder:
+        path = write_config(args.model, Path(folder), num_hidden_layers=args.layers)
+        config = ModelConfig.from_folder(path)
+    is_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    weights = dummy_weights(config, device=device, dtype=dtype)
+    longest = max(context for _, context in args.cells)
+    return Decoder(config, weights, longest, ops_of("triton" if is_cuda else "reference"))
+
+
+def _kv_cache(decoder: Decoder, cells: Sequence[tuple[int, int]]) -> KVCache:
+    embedding = decoder.weights.embedding
+    num_blocks = max(batch * -(-context // BLOCK_SIZE) for batch, context in cells)
+    options = {"device": embedding.device, "dtype": embedding.dtype}
+    kv_cache = KVCache(decoder.config, num_blocks, BLOCK_SIZE, **options)
+    kv_cache.blocks.normal_(generator=torch.Generator(embedding.device).manual_seed(0))
+    return kv_cache
+
+
+def _streams(
+    stack: ExitStack, args: argparse.Namespace, device: torch.device
+) -> Iterator[StageStreams]:
+    """Plain streams, then those of every split that can be had; a reason for each that cannot."""
+    if device.type != "cuda":
+        return
+    yield stack.enter_context(GpuStreams.plain(device))
+    for split in args.splits:
+        yield stack.enter_context(GpuStreams.plain(device, split))
+        try:
+            yield stack.enter_context(GpuStreams.partitioned(split, device))
+        except (GreenContextError, ValueError) as error:
+            print(f"{split[0]}:{split[1]} left out: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Events around launches: which step they tell of, and that no replay is read half done."""
+
+import pytest
+import torch
+
+from engine.pipeline import DecodePipeline
+from engine.stage_schedule import Placement, make_schedule
+from engine.stage_streams import InOrder
+from engine.stage_times import TimedStreams
+from tests.checkpoints import save_random
+from tests.decode_steps import Steps, decoder_of, row_by_row, worker_options
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="stands in for all events; test_gpu_pipeline has real ones"
+)
+
+
+class Event:
+    """An event on a clock that every record moves on by a millisecond."""
+
+    now = 0.0
+    is_over = True
+
+    def __init__(self, *, enable_timing: bool, external: bool) -> None:
+        assert enable_timing and external
+        self.time: float | None = None
+
+    def record(self) -> None:
+        Event.now += 1.0
+        self.time = Event.now
+
+    def query(self) -> bool:
+        return Event.is_over
+
+    def elapsed_time(self, other: "Event") -> float:
+        assert self.time is not None and other.time is not None, "never recorded"
+        return other.time - self.time
+
+
+@pytest.fixture(autouse=True)
+def events(monkeypatch) -> type[Event]:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "now", 0.0)
+    monkeypatch.setattr(Event, "is_over", True)
+    return Event
+
+
+def test_every_launch_lies_between_two_events(events):
+    timed = TimedStreams(InOrder())
+    schedule, ran = make_schedule(2, 2, Placement()), []
+    for launch in schedule:
+        timed.run(launch, lambda launch=launch: ran.append(launch))
+    assert ran == list(schedule)
+    times = timed.read()
+    assert times.step_ms == 2 * len(schedule) - 1 and times.busy_ms == {"attention": 4, "ffn": 4}
+    events.is_over = False
+    assert timed.read() is None
+
+
+def test_a_step_is_read_before_its_events_are_recorded_anew(events, tmp_path):
+    decoder = decoder_of(save_random(tmp_path, num_hidden_layers=1), row_by_row())
+    options = worker_options(decoder, 0, 8)
+    pipeline = DecodePipeline(**options, streams=[InOrder()], min_requests=1)
+    pipeline._is_timed = True
+    steps = Steps(pipeline, [3, 5, 9], 0)
+    with torch.inference_mode():
+        for _ in range(2):
+            steps.step()
+        assert pipeline.statistics.num_timed_steps == 0  # two turns are under way
+        steps.step()
+        assert pipeline.statistics.num_timed_steps == 1
+        events.is_over = False
+        assert pipeline.get_pipeline_statistics()["num_timed_steps"] == 1
+        events.is_over = True
+        stats = pipeline.get_pipeline_statistics()
+    assert stats["num_timed_steps"] == 3
+    assert stats["step_ms"] == 2 * len(pipeline.schedule) - 1
+    assert stats["busy_ms"] == {"attention": 2.0, "ffn": 2.0}
