@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
+from kernels.decode_join import LOWEST, join_splits, store_out
 from kernels.hopper import (
     PIECE_D,
     block_rows,
@@ -22,7 +23,6 @@ from kernels.hopper import (
 )
 
 ROWS = gl.constexpr(16)  # of an mma: the heads of a group, padded
-LOWEST = gl.constexpr(-1e30)  # finite, so that a step without a token fades nothing
 
 
 @aggregate
@@ -50,6 +50,8 @@ class Ring:
 
 @gluon.jit
 def _load_step(ring, kv_desc, stage, rows, rows_to_v, column):
+    """Keys and values of one step into a stage, piece by piece: a tile's rows below each other,
+    then the other half of the columns, as ldmatrix finds them. rows: of its blocks in the pool."""
     COUNT: gl.constexpr = ring.BLOCK_N // ring.BLOCK_SIZE
     PIECES: gl.constexpr = ring.D // PIECE_D
     ready = ring.full.index(stage)
@@ -175,68 +177,6 @@ def _attend_run(
     return total, acc, step_count
 
 
-@gluon.jit
-def _join_splits(
-    partial_ptr, max_sum_ptr, num_splits, GROUP: gl.constexpr, D: gl.constexpr,
-    JOIN_AHEAD: gl.constexpr, BLOCK_J: gl.constexpr,
-):  # fmt: skip
-    """(sums of weights [BLOCK_J], weighted values [BLOCK_J, D]) over all splits of one kv head."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
-    offs_j = gl.arange(0, BLOCK_J, gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    mask_j = offs_j < GROUP
-    partial_ptrs = partial_ptr + offs_j[:, None] * D + offs_d[None, :]
-    max_sum_ptrs = max_sum_ptr + offs_j * 2
-    top = gl.full([BLOCK_J], LOWEST, gl.float32, gl.SliceLayout(1, LAYOUT))
-    total = gl.zeros([BLOCK_J], gl.float32, gl.SliceLayout(1, LAYOUT))
-    acc = gl.zeros([BLOCK_J, D], gl.float32, LAYOUT)
-    for first in range(0, num_splits, JOIN_AHEAD):
-        # all loads of a round first, so that they are on their way at once
-        tops, totals, values = _partials(
-            partial_ptrs + first * GROUP * D, max_sum_ptrs + first * GROUP * 2, num_splits - first,
-            mask_j, GROUP, D, JOIN_AHEAD,
-        )  # fmt: skip
-        for i in gl.static_range(JOIN_AHEAD):
-            new_top = gl.maximum(top, tops[i])
-            fade, weight = gl.exp2(top - new_top), gl.exp2(tops[i] - new_top)
-            total = total * fade + totals[i] * weight
-            acc = acc * fade[:, None] + values[i] * weight[:, None]
-            top = new_top
-    return total, acc
-
-
-@gluon.jit
-def _partials(
-    partial_ptrs, max_sum_ptrs, num_left, mask_j, GROUP: gl.constexpr, D: gl.constexpr,
-    NUM: gl.constexpr,
-):  # fmt: skip
-    """NUM splits' maxima, sums and values; past the last, what weighs nothing."""
-    mask = mask_j & (num_left > 0)
-    # .cg: other programs wrote these, and L1 may hold what an earlier launch left there
-    top = gl.load(max_sum_ptrs, mask=mask, other=LOWEST, cache_modifier=".cg")
-    total = gl.load(max_sum_ptrs + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    value = gl.load(partial_ptrs, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-    if NUM == 1:
-        return (top,), (total,), (value,)
-    else:
-        tops, totals, values = _partials(
-            partial_ptrs + GROUP * D, max_sum_ptrs + GROUP * 2, num_left - 1, mask_j, GROUP, D,
-            NUM - 1,
-        )  # fmt: skip
-        return (top,) + tops, (total,) + totals, (value,) + values  # noqa: RUF005
-
-
-@gluon.jit
-def _store_out(out_ptr, total, acc, stride_o_h, GROUP: gl.constexpr):
-    """Weighted means to the heads of one kv head; a padding row's are zeros."""
-    LAYOUT: gl.constexpr = acc.type.layout
-    offs_g = gl.arange(0, acc.shape[0], gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
-    out = acc / gl.where(total > 0.0, total, 1.0)[:, None]
-    ptrs = out_ptr + offs_g[:, None] * stride_o_h + offs_d[None, :]
-    gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_g < GROUP)[:, None])
-
-
 @gluon.jit(do_not_specialize=["B", "stride_table_b", "past"])
 def _decode_pipeline_kernel(
     q_ptr,
@@ -272,7 +212,8 @@ def _decode_pipeline_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One program works off its kv head's share of an equal run of all splits."""
+    """One program works off its kv head's share of an equal run of all splits. kv_desc and the
+    rows: see `hopper.PoolMatrix`; past is a row that is not there."""
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = kv_desc.dtype
@@ -332,7 +273,7 @@ def _decode_pipeline_kernel(
         )  # fmt: skip
         out_at = out_ptr + b64 * stride_o_b + kv_head * GROUP * stride_o_h
         if (num_splits == 1) & (done == 1):
-            _store_out(out_at, total, acc, stride_o_h, GROUP)
+            store_out(out_at, total, acc, stride_o_h, GROUP)
         elif done > 0:
             # every lane's partials must be out before one counts them as arrived
             thread_barrier()
@@ -340,10 +281,10 @@ def _decode_pipeline_kernel(
                 done += gl.atomic_add(arrived_ptr + place, done, sem="acq_rel")
             if done == num_splits:
                 gl.store(arrived_ptr + place, 0)
-                joined_total, joined = _join_splits(
+                joined_total, joined = join_splits(
                     partial_at, max_sum_at, num_splits, GROUP, D, JOIN_AHEAD, BLOCK_J
                 )
-                _store_out(out_at, joined_total, joined, stride_o_h, GROUP)
+                store_out(out_at, joined_total, joined, stride_o_h, GROUP)
             # the next request may use the same place
             thread_barrier()
         base += num_splits * split_units
