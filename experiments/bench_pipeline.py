@@ -167,12 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # captures need one
         longest = max(context for _, context in args.cells)
-        decoder = _decoder(args, device, longest)
+        decoder = bench_decoder(args.model, args.layers, device, longest)
         placement = Placement(qkv=args.qkv, o=args.o)
         model = _model(decoder, args, placement, device)
         cells = most_telling_first(args.cells, args.splits, model) if args.map else args.cells
         cells, num_blocks = fitting(cells, decoder, device)
-        kv_cache = _kv_cache(decoder, num_blocks)
+        kv_cache = random_cache(decoder, num_blocks)
         modes = [InOrder(), *_streams(stack, args, device)]
         if args.map:
             cells = [cell for cell in cells if cell not in _measured(args, stamp, modes[-1].name)]
@@ -195,8 +195,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
     p.add_argument("--layers", type=int, default=6, help="layers of it to run (default: 6)")
-    p.add_argument("--cells", nargs="+", type=_pair("x"), default=[(512, 512), (1024, 512)])
-    p.add_argument("--splits", nargs="*", type=_pair(":"), default=[*map(_pair(":"), SPLITS)])
+    p.add_argument("--cells", nargs="+", type=pair("x"), default=[(512, 512), (1024, 512)])
+    p.add_argument("--splits", nargs="*", type=pair(":"), default=[*map(pair(":"), SPLITS)])
     p.add_argument("--num", type=int, default=2, help="micro-batches (default: 2)")
     p.add_argument("--qkv", choices=STAGES, default="attention", help="stage of the projection")
     p.add_argument("--o", choices=STAGES, default="ffn", help="stage of the projection")
@@ -211,17 +211,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _pair(separator: str) -> Any:
-    def pair(text: str) -> tuple[int, int]:
+def pair(separator: str) -> Any:
+    """What reads two numbers from the command line."""
+
+    def numbers(text: str) -> tuple[int, int]:
         first, second = text.split(separator)
         return int(first), int(second)
 
-    return pair
+    return numbers
 
 
-def _decoder(args: argparse.Namespace, device: torch.device, longest: int) -> Decoder:
+def bench_decoder(model: str, num_layers: int, device: torch.device, longest: int) -> Decoder:
+    """Random weights of some layers of a model. longest: tokens of a request."""
     with TemporaryDirectory() as folder:
-        path = write_config(args.model, Path(folder), num_hidden_layers=args.layers)
+        path = write_config(model, Path(folder), num_hidden_layers=num_layers)
         config = ModelConfig.from_folder(path)
     is_cuda = device.type == "cuda"
     dtype = torch.bfloat16 if is_cuda else torch.float32
@@ -263,7 +266,8 @@ def _measured(args: argparse.Namespace, stamp: dict[str, str], last: str) -> set
     }
 
 
-def _kv_cache(decoder: Decoder, num_blocks: int) -> KVCache:
+def random_cache(decoder: Decoder, num_blocks: int) -> KVCache:
+    """KV blocks with random values."""
     embedding = decoder.weights.embedding
     options = {"device": embedding.device, "dtype": embedding.dtype}
     kv_cache = KVCache(decoder.config, num_blocks, BLOCK_SIZE, **options)
