@@ -219,6 +219,8 @@ class AutoPipeline(DecodePipeline):
         for key in self.graphs.captured.keys() - needed:
             del self.graphs.captured[key]
         used = {choice.mode for choices in self.choices.values() for choice in choices}
+        for key in [key for key in self._timed if key[0] not in used]:
+            del self._timed[key]
         for name in self.streams.keys() - used:
             self.streams.pop(name).close()
 
