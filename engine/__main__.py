@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--enforce-eager", action="store_true", default=None)
     engine.add_argument(
         "--decode-pipeline",
-        choices=["static", "disabled"],
-        help="attention and FFN of decode on SMs of their own",
+        choices=["auto", "static", "disabled"],
+        help="attention and FFN of decode on SMs of their own; auto: where that is faster",
     )
     engine.add_argument("--decode-attention-sm", type=int, metavar="N", help="SMs for attention")
     engine.add_argument("--decode-ffn-sm", type=int, metavar="N", help="SMs for FFN")

@@ -2,21 +2,31 @@
 
 import math
 import warnings
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from engine.auto_pipeline import AutoPipeline
+from engine.calibration_file import CalibrationFile, digest_of_sources
 from engine.config import EngineConfig
 from engine.decode import DecodeWorker
+from engine.device_rates import rates_of, step_model
 from engine.graphs import GraphPool
 from engine.kv_cache import KVCache, num_blocks_that_fit
 from engine.micro_batches import num_rows
 from engine.pipeline import DecodePipeline
+from engine.stage_schedule import Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams
-from green.driver import GreenContextError
+from green.driver import GreenContextError, load_driver
+from green.partition import legal_splits
 from models.config import ModelConfig
 from models.decoder import Decoder, StageBuffers
+from models.fetch import cache_folder
 from models.weights import dummy_weights, load_weights
 
 
@@ -117,23 +127,90 @@ def make_decode_worker(
     device: torch.device,
 ) -> DecodeWorker:
     """A DecodePipeline where one is asked for, serial and warning where it has no partition."""
-    options = {"max_model_len": max_model_len, "graph_pool": pool, "device": device}
+    options: dict[str, Any] = {
+        "decoder": decoder,
+        "kv_cache": kv_cache,
+        "buffers": buffers,
+        "max_model_len": max_model_len,
+        "graph_pool": pool,
+        "device": device,
+    }
     if not config.has_decode_pipeline:
-        return DecodeWorker(decoder, kv_cache, buffers, **options)
+        return DecodeWorker(**options)
+    options |= {
+        "num_micro_batches": config.decode_micro_batches,
+        "min_requests": config.decode_pipeline_min_requests,
+        "is_timed": config.decode_pipeline_profiling,
+    }
+    if config.decode_pipeline == "auto":
+        return _auto_pipeline(config, options)
     streams, why_none = _stage_streams(config, device)
-    worker = DecodePipeline(
-        decoder,
-        kv_cache,
-        buffers,
-        **options,
-        streams=[] if streams is None else [streams],
-        num_micro_batches=config.decode_micro_batches,
-        min_requests=config.decode_pipeline_min_requests,
-        is_timed=config.decode_pipeline_profiling,
-    )
+    worker = DecodePipeline(**options, streams=[] if streams is None else [streams])
     worker.statistics.why_none = why_none
     worker.statistics.asked_sms = (config.decode_attention_sm, config.decode_ffn_sm)
     return worker
+
+
+def _auto_pipeline(config: EngineConfig, options: dict[str, Any]) -> DecodePipeline:
+    """One that times itself, or a serial one that says why there is nothing to time."""
+    device, decoder = options["device"], options["decoder"]
+    why_none = _why_not_auto(config, options)
+    if why_none is None:
+        try:
+            rates = rates_of(device)
+            model = step_model(
+                decoder.config,
+                decoder.weights.embedding.element_size(),
+                rates,
+                config.decode_micro_batches,
+                Placement(),
+            )
+            capability = torch.cuda.get_device_capability(device)
+            splits = [s for s in legal_splits(rates.num_sms, capability) if sum(s) == rates.num_sms]
+            return AutoPipeline(
+                **options,
+                model=model,
+                splits=splits,
+                make_streams=partial(GpuStreams.partitioned, device=device),
+                file=CalibrationFile(cache_folder() / "decode_pipeline", _setting(config, options)),
+            )
+        except GreenContextError as error:
+            why_none = str(error)
+    worker = DecodePipeline(**options, streams=[])
+    worker.statistics.why_none = why_none
+    return worker
+
+
+def _why_not_auto(config: EngineConfig, options: dict[str, Any]) -> str | None:
+    """What rules a pipeline out before anything is timed."""
+    if config.disable_green:
+        return "disable_green is set"
+    if options["device"].type != "cuda":
+        return "auto: a CPU has no SMs to divide"
+    if options["graph_pool"] is None:
+        return "auto: without CUDA graphs there is nothing to compare"
+    if options["decoder"].weights.embedding.element_size() != 2:
+        return "auto: products of other than 16-bit dtypes are not known well enough"
+    return None
+
+
+def _setting(config: EngineConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """All that times of a decode step depend on."""
+    device, decoder = options["device"], options["decoder"]
+    shape = asdict(decoder.config)
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": load_driver().call("cuDriverGetVersion"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "sources": digest_of_sources(),
+        "model": {name: value for name, value in shape.items() if isinstance(value, int)},
+        "dtype": str(decoder.weights.embedding.dtype),
+        "block_size": config.block_size,
+        "max_model_len": options["max_model_len"],
+        "num_micro_batches": config.decode_micro_batches,
+        "profiling": config.decode_pipeline_profiling,
+    }
 
 
 def _stage_streams(

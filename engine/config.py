@@ -80,9 +80,12 @@ class EngineConfig:
     # it is) or auto (by the prompt's length)
     kv_handoff: str = "auto"
     # decode's attention and FFN at the same time on SMs of their own, for micro-batches in turn;
-    # enable_decode_pipeline=True is decode_pipeline="static". Serial where that cannot be had.
+    # enable_decode_pipeline=True is "static" where decode_pipeline says nothing else. Serial where
+    # that cannot be had.
     enable_decode_pipeline: bool = False
-    decode_pipeline: str = "disabled"  # static (the split below, whatever the batch) | disabled
+    # static (the split below, whatever the batch) | auto (where the engine finds, when it starts,
+    # that it is faster, on the splits that it finds best) | disabled
+    decode_pipeline: str = "disabled"
     decode_attention_sm: int = 48  # SMs asked for attention
     decode_ffn_sm: int = 84  # and for FFN
     decode_micro_batches: int = 2
@@ -168,7 +171,7 @@ class EngineConfig:
 
     def _check_decode_pipeline(self) -> None:
         check_bool("enable_decode_pipeline", self.enable_decode_pipeline)
-        check_choice("decode_pipeline", self.decode_pipeline, ("static", "disabled"))
+        check_choice("decode_pipeline", self.decode_pipeline, ("auto", "static", "disabled"))
         check_int("decode_attention_sm", self.decode_attention_sm, MIN_STAGE_SMS)
         check_int("decode_ffn_sm", self.decode_ffn_sm, MIN_STAGE_SMS)
         check_int("decode_micro_batches", self.decode_micro_batches, 2)
@@ -183,7 +186,7 @@ class EngineConfig:
 
     @property
     def has_decode_pipeline(self) -> bool:
-        """Whether decode is to be pipelined."""
+        """Whether decode is to be pipelined, or may be."""
         return self.enable_decode_pipeline or self.decode_pipeline != "disabled"
 
     def resolve_device(self) -> str:

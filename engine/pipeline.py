@@ -91,11 +91,14 @@ class DecodePipeline(DecodeWorker):
 
     def _keys_of(self, num_requests: int) -> list[Key | int]:
         """The graphs of steps of so many requests."""
-        streams = self._mode_of(num_requests)
-        if streams is None:
-            return [self._bucket_of(num_requests)]
-        size = self._size_of(num_requests)
-        return [(streams.name, size, turn) for turn in range(1 + self._is_timed)]
+        keys: list[Key | int] = []
+        for streams in self._modes_of(num_requests):
+            if streams is None:
+                keys.append(self._bucket_of(num_requests))
+            else:
+                size = self._size_of(num_requests)
+                keys += [(streams.name, size, turn) for turn in range(1 + self._is_timed)]
+        return keys
 
     def close(self) -> None:
         """Drop the graphs, then give the partitions back."""
@@ -119,13 +122,18 @@ class DecodePipeline(DecodeWorker):
         most = -(-num_requests // self.num_micro_batches)
         return next(size for size in self.sizes if size >= most)
 
-    def _mode_of(self, num_requests: int) -> StageStreams | None:
-        """The streams of such a step; None: it is serial."""
+    def _mode_of(self, num_requests: int, num_kv_tokens: int) -> StageStreams | None:
+        """The streams of a step of so many requests, which hold so many tokens together; None: it
+        is serial."""
         is_small = num_requests < self._min_requests
         return None if is_small else self.modes[self._size_of(num_requests)]
 
+    def _modes_of(self, num_requests: int) -> Sequence[StageStreams | None]:
+        """Those of such a step, whatever its requests hold."""
+        return [self._mode_of(num_requests, 0)]
+
     def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
-        streams = self._mode_of(len(requests))
+        streams = self._mode_of(len(requests), sum(columns["context_lens"]))
         if streams is None:
             self.statistics.step_launched(SERIAL, self._bucket_of(len(requests)), len(requests))
             return super()._run_step(requests, columns)

@@ -1,8 +1,9 @@
 """What the decode pipeline has done: steps by mode, and time by stage; as a dict and as text."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from engine.stage_schedule import STAGES, Stage
@@ -45,6 +46,7 @@ class PipelineStats:
     num_steps: Counter[str] = field(default_factory=Counter)  # by mode: serial, or the streams'
     num_tokens: int = 0
     modes: dict[int, str] = field(default_factory=dict)  # newest mode by requests a step holds
+    choices: dict[int, str] = field(default_factory=dict)  # of `auto`, and why, by the same
     micro_batches: list[dict[str, int]] = field(default_factory=list)  # of the newest such step
     num_timed_steps: int = 0
     _step_ms: float = 0.0
@@ -87,6 +89,7 @@ class PipelineStats:
             "num_steps_by_mode": dict(self.num_steps),
             "num_tokens": self.num_tokens,
             "modes": dict(sorted(self.modes.items())),
+            "choices": dict(sorted(self.choices.items())),
             "micro_batches": [dict(some) for some in self.micro_batches],
             "num_timed_steps": n,
             "step_ms": self._step_ms / n if n else None,
@@ -110,6 +113,7 @@ class PipelineStats:
             + ")",
             "mode by requests up to: "
             + (", ".join(f"{size} {mode}" for size, mode in stats["modes"].items()) or "-"),
+            *(f"auto, {requests} requests: {choice}" for requests, choice in _runs(self.choices)),
             "newest micro-batches: "
             + (
                 ", ".join(
@@ -135,6 +139,13 @@ def _time_lines(stats: Mapping[str, Any]) -> list[str]:
         f"{stats['overlap']:.2f} over {stats['num_timed_steps']} timed steps",
         *stages,
     ]
+
+
+def _runs(choices: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """Numbers of requests in a row that have the same choice, and that choice."""
+    for choice, run in groupby(sorted(choices.items()), key=lambda item: item[1]):
+        sizes = [size for size, _ in run]
+        yield (f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"), choice
 
 
 def _by_stage(sms: tuple[int, ...] | None) -> dict[str, int] | None:

@@ -36,14 +36,23 @@ class InOrder:
 
     name = "in order"
     granted = None
+    _grid: tuple[int | None, ...] = (None, None)  # SMs of each stage
+
+    @classmethod
+    def with_grid(cls, grid: Sequence[int | None]) -> "InOrder":
+        """For kernels as a partition of so many SMs has them: a tile is chosen by the SMs too, and
+        the same tiles give the same bits."""
+        streams = cls()
+        streams._grid = tuple(grid)
+        return streams
 
     def run(self, launch: StageLaunch, work: Work) -> None:
         """See the protocol; the launches come in an order that needs no events."""
         work()
 
     def num_sms(self, stage: Stage) -> int | None:
-        """All of the device: nothing else runs."""
-        return None
+        """All of the device, where no grid was asked for: nothing else runs."""
+        return dict(zip(STAGES, self._grid, strict=True)).get(stage)
 
     def close(self) -> None:
         """Nothing was taken."""

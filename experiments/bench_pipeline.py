@@ -2,8 +2,12 @@
 
     python -m experiments.bench_pipeline --model Qwen3-8B --layers 6 --cells 512x512 1024x512
         --splits 40:92 48:84 56:76 [--num 2] [--qkv ffn] [--o attention] [--timed]
+    python -m experiments.bench_pipeline --model Qwen3-8B --map --max-seconds 240
 
-A cell is batch x context, all requests of one length; weights and KV blocks are random. Each mode
+A cell is batch x context, all requests of one length; weights and KV blocks are random. --map takes
+all of the regime map, those first that have the most to win by arithmetic; a cell for which time or
+memory does not suffice is left out, and said to be. Those in the CSV already, of this GPU and
+commit, are not measured again: a map can be made in several runs. Each mode
 is one CUDA graph, timed over replays: `serial`, the whole batch in one piece; `in order`, the cut
 of the pipeline on one stream; `plain`, two streams that share all SMs, their kernels' grids whole
 or, as `plain 40:92`, as large as the split; and each split. Tokens and logits of a mode are
@@ -27,12 +31,15 @@ import torch
 from torch import Tensor
 
 from engine.build import ops_of
+from engine.device_rates import rates_of, step_model
 from engine.kv_cache import KVCache
 from engine.pipeline_stats import SERIAL
 from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams
-from experiments.harness import RESULTS, append_row, environment, table
+from engine.step_model import StepModel
+from experiments.harness import RESULTS, append_row, environment, read_rows, table
 from experiments.pipeline_cell import BLOCK_SIZE, Cell
+from experiments.pipeline_map import CellSize, fitting, most_telling_first, texts, whole_map
 from experiments.shapes import SHAPES, write_config
 from green.driver import GreenContextError
 from models.config import ModelConfig
@@ -61,6 +68,7 @@ class Row:
     ms_p50: float
     ms_p80: float
     ends_ms: float  # of each of these, the part that is not layers
+    model_ms: float | str  # by the arithmetic of engine.step_model; empty where it says nothing
     same_tokens: int  # tokens of the batch that `in order` draws too
     same_logits: bool  # all bits of all logits
     attention_ms: float | str  # busy, by events in a graph of its own; empty without --timed
@@ -74,7 +82,12 @@ class Row:
     head_bytes: int
 
 
-def measure(cell: Cell, modes: Sequence[StageStreams], args: argparse.Namespace) -> Iterator[Row]:
+def measure(
+    cell: Cell,
+    modes: Sequence[StageStreams],
+    args: argparse.Namespace,
+    model: StepModel | None = None,
+) -> Iterator[Row]:
     """A row for the serial step, then one for each mode; the first of these is `in order`."""
     counts = _counts(cell)
     ends_ms = cell.ends().p50
@@ -103,12 +116,21 @@ def measure(cell: Cell, modes: Sequence[StageStreams], args: argparse.Namespace)
             ms_p50=times.p50,
             ms_p80=times.p80,
             ends_ms=ends_ms,
+            model_ms=_model_ms(model, cell, mode),
             same_tokens=sum(a == b for a, b in zip(token_ids, wanted_ids, strict=True)),
             same_logits=same_logits,
             **(cell.stage_times(mode) if is_timed else empty),
             capture_ms=cell.capture_ms[mode],
             **counts,
         )
+
+
+def _model_ms(model: StepModel | None, cell: Cell, mode: StageStreams | None) -> float | str:
+    if model is not None and mode is None:
+        return model.serial_ms(cell.batch, cell.context)
+    if model is not None and mode.granted is not None:
+        return model.pipelined_ms(cell.batch, cell.context, mode.granted)
+    return ""
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -140,20 +162,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     stamp, lines = environment(device), []
+    deadline = start + args.max_seconds
     with ExitStack() as stack, torch.inference_mode():
         if device.type == "cuda":
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # captures need one
-        decoder = _decoder(args, device)
-        kv_cache = _kv_cache(decoder, args.cells)
+        longest = max(context for _, context in args.cells)
+        decoder = bench_decoder(args.model, args.layers, device, longest)
         placement = Placement(qkv=args.qkv, o=args.o)
+        model = _model(decoder, args, placement, device)
+        cells = most_telling_first(args.cells, args.splits, model) if args.map else args.cells
+        cells, num_blocks = fitting(cells, decoder, device)
+        kv_cache = random_cache(decoder, num_blocks)
         modes = [InOrder(), *_streams(stack, args, device)]
-        for batch, context in args.cells:
+        if args.map:
+            cells = [cell for cell in cells if cell not in _measured(args, stamp, modes[-1].name)]
+        for i, (batch, context) in enumerate(cells):
+            if time.perf_counter() > deadline:
+                print(f"out of time, left out: {texts(cells[i:])}", file=sys.stderr)
+                break
             serial_ms = None
             cell = Cell(decoder, kv_cache, batch, context, modes, args.num, placement)
-            for row in measure(cell, modes, args):
+            for row in measure(cell, modes, args, model):
                 append_row(args.out, asdict(row) | stamp)
                 serial_ms = row.ms_p50 if serial_ms is None else serial_ms
                 lines.append(asdict(row) | {"of_serial": serial_ms / row.ms_p50})
+            del cell  # its buffers and graphs go before the next one's come
     print(table(lines, list(TABLE)))
     print(f"{time.perf_counter() - start:.0f} seconds, compilation included")
 
@@ -162,39 +195,80 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
     p.add_argument("--layers", type=int, default=6, help="layers of it to run (default: 6)")
-    p.add_argument("--cells", nargs="+", type=_pair("x"), default=[(512, 512), (1024, 512)])
-    p.add_argument("--splits", nargs="*", type=_pair(":"), default=[*map(_pair(":"), SPLITS)])
+    p.add_argument("--cells", nargs="+", type=pair("x"), default=[(512, 512), (1024, 512)])
+    p.add_argument("--splits", nargs="*", type=pair(":"), default=[*map(pair(":"), SPLITS)])
     p.add_argument("--num", type=int, default=2, help="micro-batches (default: 2)")
     p.add_argument("--qkv", choices=STAGES, default="attention", help="stage of the projection")
     p.add_argument("--o", choices=STAGES, default="ffn", help="stage of the projection")
+    p.add_argument("--map", action="store_true", help="all cells of the regime map, in order")
+    p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no cell later")
     p.add_argument("--timed", action="store_true", help="also each stage's time, in other graphs")
     p.add_argument("--device", default="cuda")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline.csv")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.map:
+        args.cells = whole_map()
+    return args
 
 
-def _pair(separator: str) -> Any:
-    def pair(text: str) -> tuple[int, int]:
+def pair(separator: str) -> Any:
+    """What reads two numbers from the command line."""
+
+    def numbers(text: str) -> tuple[int, int]:
         first, second = text.split(separator)
         return int(first), int(second)
 
-    return pair
+    return numbers
 
 
-def _decoder(args: argparse.Namespace, device: torch.device) -> Decoder:
+def bench_decoder(model: str, num_layers: int, device: torch.device, longest: int) -> Decoder:
+    """Random weights of some layers of a model. longest: tokens of a request."""
     with TemporaryDirectory() as folder:
-        path = write_config(args.model, Path(folder), num_hidden_layers=args.layers)
+        path = write_config(model, Path(folder), num_hidden_layers=num_layers)
         config = ModelConfig.from_folder(path)
     is_cuda = device.type == "cuda"
     dtype = torch.bfloat16 if is_cuda else torch.float32
     weights = dummy_weights(config, device=device, dtype=dtype)
-    longest = max(context for _, context in args.cells)
     return Decoder(config, weights, longest, ops_of("triton" if is_cuda else "reference"))
 
 
-def _kv_cache(decoder: Decoder, cells: Sequence[tuple[int, int]]) -> KVCache:
+def _model(
+    decoder: Decoder, args: argparse.Namespace, placement: Placement, device: torch.device
+) -> StepModel | None:
+    """None where the device does not tell its rates."""
+    try:
+        itemsize = decoder.weights.embedding.element_size()
+        return step_model(decoder.config, itemsize, rates_of(device), args.num, placement)
+    except GreenContextError as error:
+        print(f"no arithmetic: {error}", file=sys.stderr)
+        return None
+
+
+def _measured(args: argparse.Namespace, stamp: dict[str, str], last: str) -> set[CellSize]:
+    """Cells that have a row of the last mode, of the same work on the same GPU and commit."""
+    if not args.out.exists():
+        return set()
+    wanted = {
+        "model": args.model,
+        "num_layers": str(args.layers),
+        "mode": last,
+        "num_micro_batches": str(args.num),
+        "qkv_stage": args.qkv,
+        "o_stage": args.o,
+        "gpu": stamp["gpu"],
+        "commit": stamp["commit"],
+    }
+    rows = read_rows(args.out, [*Row.__dataclass_fields__, *stamp])
+    return {
+        (int(row["batch"]), int(row["context"]))
+        for row in rows
+        if all(row[name] == value for name, value in wanted.items())
+    }
+
+
+def random_cache(decoder: Decoder, num_blocks: int) -> KVCache:
+    """KV blocks with random values."""
     embedding = decoder.weights.embedding
-    num_blocks = max(batch * -(-context // BLOCK_SIZE) for batch, context in cells)
     options = {"device": embedding.device, "dtype": embedding.dtype}
     kv_cache = KVCache(decoder.config, num_blocks, BLOCK_SIZE, **options)
     kv_cache.blocks.normal_(generator=torch.Generator(embedding.device).manual_seed(0))

@@ -2,7 +2,9 @@
 
     python -m experiments.claims [--from experiments/results/engine.csv]
 
-Prints experiments/results/claims.csv; with --from, writes it first. Of each workload the newest run
+Prints experiments/results/claims.csv; with --from, writes it first, but for the claims that
+`experiments.pipeline_claims` judges: of those, the ratio "over one device" is the one that the
+claim is about. Of each workload the newest run
 counts in which one device, two mixed replicas and two-GPU PD all served it: medians of its
 readings. A claim is a speed-up over one device, and its verdict follows from two ratios:
 
@@ -157,7 +159,8 @@ def table(found: Sequence[Finding]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for f in found:
-        figures = f"{f.claimed}x | {f.over_one}x | {f.over_replicas}x"
+        ratios = (f.claimed, f.over_one, f.over_replicas)
+        figures = " | ".join(f"{ratio}x" if ratio else "-" for ratio in ratios)
         lines.append(f"| {f.claim} | {f.statement} | {f.model} | {figures} | {f.verdict} |")
     for f in found:
         lines += ["", f"{f.claim}, {f.workload}: {f.why}"]
@@ -177,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     try:
         if args.source is not None:
-            write_csv(args.csv, findings(read_engine_csv(args.source), args.model))
+            found = findings(read_engine_csv(args.source), args.model)
+            kept = read_csv(args.csv) if args.csv.exists() else []
+            others = [f for f in kept if f.claim not in {claim.number for claim in CLAIMS}]
+            write_csv(args.csv, found and found + others)
         print(table(read_csv(args.csv)))
     except ValueError as error:
         p.error(str(error))

@@ -37,7 +37,7 @@ class Cell:
         self.batch, self.context = batch, context
         rows = num_rows(batch, num_micro_batches)
         self.buffers = decoder.buffers(rows, rows, decode=True)
-        self.tables = _block_tables(kv_cache.num_blocks, batch, context)
+        self.tables = block_tables(kv_cache.num_blocks, batch, context)
         device = decoder.weights.embedding.device
         self._options: dict[str, Any] = {
             "decoder": decoder,
@@ -117,7 +117,7 @@ def _request(index: int, context: int) -> Request:
     return request
 
 
-def _block_tables(num_blocks: int, batch: int, context: int) -> list[list[int]]:
+def block_tables(num_blocks: int, batch: int, context: int) -> list[list[int]]:
     """Scattered blocks for each request."""
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
     each = -(-context // BLOCK_SIZE)

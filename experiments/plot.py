@@ -1,9 +1,12 @@
 """Figures of kernels.csv: roofline, speed against SMs and on partitions, percent of the ceiling.
 
     python -m experiments.plot [--csv experiments/results/kernels.csv] [--out experiments/results]
+    python -m experiments.plot --pipeline [--out experiments/results]
 
 Each is written as PNG and SVG. Of each kernel, impl, shape and number of SMs the newest run counts,
 held against the ceilings of that same run; of several GPUs the one measured last, or --gpu.
+--pipeline: where decode in two stages wins and loses, and its stages against SMs, from pipeline.csv
+and pipeline_stages.csv.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness import RESULTS
+from experiments.pipeline_figures import draw_maps, draw_stages, read_stages, read_steps
 from experiments.readings import BANDWIDTH, CEILING, Ceilings, read_csv
 from experiments.sheet import (
     Curve,
@@ -208,19 +212,43 @@ FIGURES: dict[str, Callable[[Sheet], Figure | None]] = {
 }
 
 
+PIPELINE_FIGURES = {
+    "pipeline.csv": (read_steps, ("pipeline_map", draw_maps)),
+    "pipeline_stages.csv": (read_stages, ("pipeline_stages", draw_stages)),
+}
+
+
 def write_figures(sheet: Sheet, folder: Path) -> list[Path]:
     """Every figure that the readings suffice for, as PNG and SVG."""
+    with matplotlib.rc_context(STYLE):
+        return _write({name: draw(sheet) for name, draw in FIGURES.items()}, folder)
+
+
+def write_pipeline_figures(source: Path, folder: Path) -> list[Path]:
+    """The same of the pipeline's CSVs in a folder. ValueError where neither is there."""
+    found = {
+        name: (read(source / name), draws)
+        for name, (read, draws) in PIPELINE_FIGURES.items()
+        if (source / name).exists()
+    }
+    if not found:
+        raise ValueError(f"{source} must hold one of {', '.join(PIPELINE_FIGURES)}, got none")
+    with matplotlib.rc_context(STYLE):
+        figures = {name: draw(rows) for rows, (name, draw) in found.values()}
+        return _write(figures, folder)
+
+
+def _write(figures: dict[str, Figure | None], folder: Path) -> list[Path]:
+    """Each in both forms, with the style that is set; None: a line says that it is skipped."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE):
-        for name, draw in FIGURES.items():
-            figure = draw(sheet)
-            if figure is None:
-                print(f"skipped {name}: the CSV holds no readings for it")
-                continue
-            for kind, metadata in NO_DATE.items():
-                paths.append(folder / f"{name}.{kind}")
-                figure.savefig(paths[-1], dpi=120, metadata=metadata)
+    for name, figure in figures.items():
+        if figure is None:
+            print(f"skipped {name}: the CSV holds no readings for it")
+            continue
+        for kind, metadata in NO_DATE.items():
+            paths.append(folder / f"{name}.{kind}")
+            figure.savefig(paths[-1], dpi=120, metadata=metadata)
     return paths
 
 
@@ -230,12 +258,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures")
     p.add_argument("--gpu", help="part of a GPU's name, where the CSV holds several")
+    p.add_argument("--pipeline", action="store_true", help="of pipeline*.csv beside --csv instead")
     args = p.parse_args(argv)
     try:
-        sheet = Sheet.of(read_csv(args.csv), args.gpu)
+        if args.pipeline:
+            paths = write_pipeline_figures(args.csv.parent, args.out)
+        else:
+            paths = write_figures(Sheet.of(read_csv(args.csv), args.gpu), args.out)
     except ValueError as error:
         sys.exit(f"plot: {error}")
-    for path in write_figures(sheet, args.out):
+    for path in paths:
         print(path)
 
 

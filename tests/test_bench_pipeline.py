@@ -1,11 +1,19 @@
 """The benchmark of the pipeline, where there is no GPU: rows, counts and the cut's own bits."""
 
-import pytest
+from types import SimpleNamespace
 
-from experiments import pipeline_cell
-from experiments.bench_pipeline import Row, main
+import pytest
+import torch
+
+from engine.device_rates import step_model
+from engine.stage_schedule import Placement
+from experiments import pipeline_cell, pipeline_map
+from experiments.bench_pipeline import Row, _parse, main
 from experiments.harness import environment, read_rows
+from experiments.pipeline_map import fitting, most_telling_first
 from experiments.shapes import QWEN3, SHAPES
+from models.config import ModelConfig
+from tests.test_step_model import H200
 
 TINY = {
     "vocab_size": 1009,
@@ -53,3 +61,42 @@ def test_counts_are_of_all_layers(rows):
     assert int(rows[0]["layer_flops"]) == 2 * 6 * num_weights
     assert int(rows[0]["kv_bytes"]) == 2 * 2 * 6 * 20 * 2 * 8 * 4
     assert int(rows[0]["head_bytes"]) == 1009 * 32 * 4
+
+
+def test_a_map_goes_on_where_it_was_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
+    monkeypatch.setattr(pipeline_cell, "REPLAYS", 1)
+    monkeypatch.setattr(pipeline_map, "MAP_BATCHES", (4, 2))
+    monkeypatch.setattr(pipeline_map, "MAP_CONTEXTS", (5,))
+    monkeypatch.setenv("GREENLANE_COMMIT", "abc1234")
+    out = tmp_path / "pipeline.csv"
+    argv = ["--model", "tiny", "--device", "cpu", "--layers", "2", "--map", "--out", str(out)]
+    main([*argv, "--max-seconds", "0"])
+    assert "out of time, left out: 4x5 2x5" in capsys.readouterr().err
+    assert not out.exists()
+    for _ in range(2):
+        main(argv)
+    columns = [*Row.__dataclass_fields__, *environment("cpu")]
+    assert [row["batch"] for row in read_rows(out, columns)] == ["4", "4", "2", "2"]
+    monkeypatch.setenv("GREENLANE_COMMIT", "def5678")
+    main([*argv, "--num", "2"])
+    assert len(read_rows(out, columns)) == 8
+
+
+def test_a_map_begins_where_there_is_most_to_win():
+    args = _parse(["--map", "--model", "Qwen3-8B"])
+    model = step_model(ModelConfig.from_dict(SHAPES["Qwen3-8B"]), 2, H200, 2, Placement())
+    cells = most_telling_first(args.cells, args.splits, model)
+    assert len(cells) == len(set(cells)) == 28
+    assert cells[0] == (1024, 512)
+    assert most_telling_first(args.cells, args.splits, None) == args.cells
+
+
+def test_cells_that_do_not_fit_are_left_out(monkeypatch, capsys):
+    config = ModelConfig.from_dict(SHAPES["Qwen3-8B"] | {"num_hidden_layers": 6})
+    embedding = torch.empty(0, dtype=torch.bfloat16)
+    decoder = SimpleNamespace(config=config, weights=SimpleNamespace(embedding=embedding))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 << 30, 80 << 30))
+    kept, num_blocks = fitting([(1024, 4096), (512, 4096)], decoder, torch.device("cuda"))
+    assert kept == [(512, 4096)] and num_blocks == 512 * 256
+    assert "out of memory, left out: 1024x4096" in capsys.readouterr().err

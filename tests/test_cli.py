@@ -107,11 +107,11 @@ def test_dummy_weights_and_other_engine_options(rambler, capsys):
 def test_a_pipelined_decode_says_what_a_serial_one_says(speaker, capsys):
     options = ["--decode-attention-sm", "40", "--decode-ffn-sm", "92", "--disable-green"]
     found = []
-    for choice in ("static", "disabled"):
+    for choice in ("static", "auto", "disabled"):
         argv = ["--model", speaker, "--decode-pipeline", choice, *options, *GREEDY]
         assert run(">", *argv) == 0
         found.append(capsys.readouterr())
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_two_devices_say_what_one_says(speaker, capsys):

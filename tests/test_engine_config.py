@@ -44,7 +44,7 @@ BAD_OPTIONS = [
     ("max_decode_backlog", 0, ">= 1"),
     ("kv_handoff", "pull", "one of auto, push, slab"),
     ("enable_decode_pipeline", 1, "True or False"),
-    ("decode_pipeline", "dynamic", "one of static, disabled"),
+    ("decode_pipeline", "dynamic", "one of auto, static, disabled"),
     ("decode_attention_sm", 7, ">= 8"),
     ("decode_ffn_sm", 84.0, "integer >= 8"),
     ("decode_micro_batches", 1, ">= 2"),

@@ -21,7 +21,8 @@ NO_TORCH = ["engine/scheduler.py", "engine/block_manager.py", "engine/request.py
 NO_TORCH += ["engine/base_scheduler.py", "engine/pd_scheduler.py", "engine/lease.py"]
 NO_TORCH += ["engine/detokenizer.py", "engine/interrupt.py", "engine/stats.py"]
 NO_TORCH += ["engine/happens_before.py", "engine/micro_batches.py", "engine/stage_schedule.py"]
-NO_TORCH += ["engine/pipeline_stats.py", "green/partition.py"]
+NO_TORCH += ["engine/pipeline_stats.py", "green/partition.py", "engine/step_model.py"]
+NO_TORCH += ["engine/pipeline_choice.py", "engine/calibration_file.py"]
 DEVICE_LIBRARIES = {"torch", "triton", "cuda", "transformers"}
 
 

@@ -67,6 +67,9 @@ def test_grids_are_those_of_the_partition_and_main_has_the_whole_device():
     streams = GpuStreams([None, None], name="48:84", granted=(48, 84), grid=(48, 84))
     assert [streams.num_sms(s) for s in ("attention", "ffn", "main")] == [48, 84, None]
     assert [InOrder().num_sms(s) for s in ("attention", "ffn", "main")] == [None] * 3
+    same = InOrder.with_grid((48, 84))
+    assert [same.num_sms(s) for s in ("attention", "ffn", "main")] == [48, 84, None]
+    assert InOrder().num_sms("ffn") is None
 
 
 def test_in_order_runs_at_once():

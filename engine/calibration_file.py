@@ -1,0 +1,77 @@
+"""Times that a calibration found, kept between runs: one JSON file for each setting.
+
+A setting is all that the times depend on: GPU, model shape, dtype, versions, options, sources. What
+is damaged, or is of another setting, counts as not there.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from engine.pipeline_choice import Readings
+from engine.pipeline_stats import SERIAL
+
+ROOT = Path(__file__).resolve().parent.parent
+# what decides how long a step takes
+SOURCES = ("kernels/*.py", "kernels/*.json", "models/decoder.py", "engine/pipeline.py")
+SOURCES += ("engine/stage_*.py", "engine/micro_batches.py", "engine/auto_pipeline.py")
+
+logger = logging.getLogger(__name__)
+
+
+def digest_of_sources(root: Path = ROOT) -> str:
+    """Of the code that a step runs: times found with other code do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in root.glob(pattern)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+class CalibrationFile:
+    """The readings of one setting, by batch."""
+
+    def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
+        self.setting = json.loads(json.dumps(setting))
+        name = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()
+        self.path = folder / f"{name[:16]}.json"
+
+    def read(self) -> dict[int, Readings]:
+        """What is kept; nothing, and a line of log, where that cannot be used."""
+        try:
+            content = json.loads(self.path.read_text())
+            if content["setting"] != self.setting:
+                raise ValueError("it is of another setting")
+            return {int(batch): _checked(read) for batch, read in content["readings"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s is ignored: %s: %s", self.path, type(error).__name__, error)
+            return {}
+
+    def write(self, readings: Mapping[int, Readings]) -> None:
+        """Replace what is kept, in one move. Where that fails, a line of log: the next run times
+        anew."""
+        content = {"setting": self.setting, "readings": readings}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            options = {"dir": self.path.parent, "suffix": ".partial", "delete": False}
+            with NamedTemporaryFile("w", **options) as file:
+                json.dump(content, file, indent=1)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            logger.warning("%s is not written: %s", self.path, error)
+
+
+def _checked(readings: Any) -> dict[int, dict[str, float]]:
+    checked = {int(context): dict(ms) for context, ms in readings.items()}
+    for context, ms in checked.items():
+        is_whole = all(type(t) in (int, float) and 0 < t < math.inf for t in ms.values())
+        if context < 1 or not is_whole or (ms and SERIAL not in ms):
+            raise ValueError(f"{context} tokens must have times by mode, got {ms}")
+    return checked

@@ -1,0 +1,167 @@
+"""Figures of the decode pipeline: where it wins and loses, and its stages against SMs.
+
+Times of a few layers stand for a whole model's: what a step does around its layers counts once.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from engine.pipeline_stats import SERIAL
+from engine.stage_schedule import STAGES
+from engine.stage_streams import InOrder
+from experiments.bench_pipeline import Row as StepRow
+from experiments.harness import read_rows
+from experiments.shapes import SHAPES
+from experiments.stage_curves import Row as StageRow
+
+STAMP = ["date", "gpu", "torch", "triton", "driver", "commit"]
+NOT_A_PIPELINE = (SERIAL, InOrder.name)
+LOOKS = {"attention": "#30638e", "ffn": "#d1495b"}
+LEAST, MOST = 0.6, 1.4  # of the colours
+DARK = 0.72  # speed-up below which they are
+
+CsvRow = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The best that a pipeline did of one batch and context."""
+
+    speedup: float  # over the serial graph
+    mode: str
+
+
+def read_steps(path: Path) -> list[dict[str, str]]:
+    """Rows of pipeline.csv. ValueError where it is none, or holds no row."""
+    return _some(read_rows(path, [*StepRow.__dataclass_fields__, *STAMP]), path)
+
+
+def read_stages(path: Path) -> list[dict[str, str]]:
+    """Rows of pipeline_stages.csv. ValueError where it is none, or holds no row."""
+    return _some(read_rows(path, [*StageRow.__dataclass_fields__, *STAMP]), path)
+
+
+def _some(rows: list[dict[str, str]], path: Path) -> list[dict[str, str]]:
+    if not rows:
+        raise ValueError(f"{path} must hold rows, got a header alone")
+    return rows
+
+
+def regime_maps(rows: Iterable[CsvRow]) -> dict[tuple[str, str], dict[tuple[int, int], Cell]]:
+    """By GPU and model, by batch and context. Of a mode the newest row counts; a cell without a
+    serial row or without a pipelined one is left out."""
+    ms: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        cell = (int(row["batch"]), int(row["context"]))
+        cells = ms.setdefault((row["gpu"], row["model"]), {})
+        cells.setdefault(cell, {})[row["mode"]] = _whole_ms(row)
+    maps = {
+        place: {cell: best for cell, modes in cells.items() if (best := _best(modes)) is not None}
+        for place, cells in sorted(ms.items())
+    }
+    return {place: cells for place, cells in maps.items() if cells}
+
+
+def _whole_ms(row: CsvRow) -> float:
+    """Of a step of the whole model."""
+    ends_ms = float(row["ends_ms"])
+    shape = SHAPES.get(row["model"], {})
+    share = shape.get("num_hidden_layers", int(row["num_layers"])) / int(row["num_layers"])
+    return ends_ms + (float(row["ms_p50"]) - ends_ms) * share
+
+
+def _best(ms: Mapping[str, float]) -> Cell | None:
+    piped = {mode: t for mode, t in ms.items() if mode not in NOT_A_PIPELINE}
+    if SERIAL not in ms or not piped:
+        return None
+    mode = min(piped, key=piped.__getitem__)
+    return Cell(ms[SERIAL] / piped[mode], mode)
+
+
+def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
+    """Green wins, red loses; the number is what the best mode reached, whichever it is."""
+    maps = regime_maps(rows)
+    if not maps:
+        return None
+    fig = Figure(figsize=(6.2 * len(maps), 6), layout="constrained")
+    axes = fig.subplots(1, len(maps), squeeze=False)[0]
+    for ax, ((gpu, model), cells) in zip(axes, maps.items(), strict=True):
+        _draw_map(ax, cells)
+        won = sum(cell.speedup > 1 for cell in cells.values())
+        ax.set_title(f"{model} on {gpu}\nfaster in {won} of {len(cells)} cells", loc="left", size=9)
+    fig.suptitle(f"Decode in two stages: speed-up over the serial graph\n{_title(rows)}")
+    return fig
+
+
+def _draw_map(ax: Axes, cells: Mapping[tuple[int, int], Cell]) -> None:
+    batches, contexts = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    nan = float("nan")
+    values = [[cells.get((b, c), Cell(nan, "")).speedup for c in contexts] for b in batches]
+    norm = TwoSlopeNorm(1.0, LEAST, MOST)
+    ax.set_facecolor("#dddddd")  # not measured
+    ax.imshow(values, cmap="RdYlGn", norm=norm, origin="lower", aspect="auto")
+    for y, batch in enumerate(batches):
+        for x, context in enumerate(contexts):
+            if (cell := cells.get((batch, context))) is not None:
+                loses = cell.speedup <= 1
+                text = f"{cell.speedup:.2f}x{' loses' * loses}\n{cell.mode}"
+                weight = "normal" if loses else "bold"
+                color = "white" if cell.speedup < DARK else "black"
+                look = {"size": 7.5, "weight": weight, "color": color}
+                ax.text(x, y, text, ha="center", va="center", **look)
+            else:
+                ax.text(x, y, "not measured", ha="center", va="center", size=7, color="#777777")
+    ax.set_xticks(range(len(contexts)), [str(c) for c in contexts])
+    ax.set_yticks(range(len(batches)), [str(b) for b in batches])
+    ax.set(xlabel="context, tokens of each request", ylabel="batch, requests")
+
+
+Line = list[tuple[int, float]]  # (SMs, ms)
+
+
+def stage_lines(
+    rows: Iterable[CsvRow],
+) -> dict[tuple[str, str, int, int], dict[tuple[str, bool], Line]]:
+    """By GPU, model, batch and context, by stage and whether the other runs beside it."""
+    newest: dict[tuple[str, str, int, int], dict[tuple[str, bool], dict[int, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        cell = (row["gpu"], row["model"], int(row["batch"]), int(row["context"]))
+        line = newest.setdefault(cell, {}).setdefault((row["stage"], bool(row["beside_sms"])), {})
+        line[int(row["sms"])] = float(row["ms_p50"])
+    return {
+        cell: {kind: sorted(points.items()) for kind, points in lines.items()}
+        for cell, lines in sorted(newest.items())
+    }
+
+
+def draw_stages(rows: Sequence[CsvRow]) -> Figure | None:
+    """Alone solid, beside the other stage on the rest of the SMs dashed."""
+    cells = stage_lines(rows)
+    if not cells:
+        return None
+    fig = Figure(figsize=(6 * len(cells), 5.5), layout="constrained")
+    axes = fig.subplots(1, len(cells), squeeze=False)[0]
+    for ax, ((gpu, model, batch, context), lines) in zip(axes, cells.items(), strict=True):
+        for stage in STAGES:
+            for is_beside in (False, True):
+                if points := lines.get((stage, is_beside)):
+                    label = f"{stage}, {'beside the other' if is_beside else 'alone'}"
+                    dash = "o--" if is_beside else "o-"
+                    ax.plot(*zip(*points, strict=True), dash, label=label, color=LOOKS[stage])
+        ax.set(xlabel="SMs of the stage", ylabel="ms a layer", yscale="log")
+        ax.set_title(f"{model}, {batch} requests x {context} tokens\n{gpu}", loc="left", size=9)
+        ax.grid(which="both", alpha=0.25)
+        ax.legend(fontsize=8)
+    fig.suptitle(f"Stages of a micro-batch against SMs\n{_title(rows)}")
+    return fig
+
+
+def _title(rows: Sequence[CsvRow]) -> str:
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    days = sorted({row["date"][:10] for row in rows})
+    return f"commit {commits}, {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")

@@ -1,0 +1,88 @@
+"""Kept times come back as they were; what is damaged or foreign is ignored with a line of log."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.calibration_file import CalibrationFile, digest_of_sources
+
+SETTING = {"gpu": "NVIDIA H200", "model": {"num_layers": 36}, "max_model_len": 4096}
+READINGS = {512: {128: {}, 256: {"serial": 2.0, "48:84": 1.5}}, 1024: {}}
+
+times = st.dictionaries(st.sampled_from(["40:92", "48:84"]), st.floats(1e-3, 1e3))
+modes = st.one_of(st.just({}), times.map(lambda ms: {"serial": 1.5} | ms))
+readings = st.dictionaries(
+    st.integers(1, 2048), st.dictionaries(st.integers(1, 9000), modes, max_size=4), max_size=4
+)
+
+
+@given(readings)
+def test_what_is_written_comes_back(tmp_path_factory, found):
+    file = CalibrationFile(tmp_path_factory.mktemp("cache") / "new", SETTING)
+    assert file.read() == {}
+    file.write(found)
+    assert CalibrationFile(file.path.parent, dict(SETTING)).read() == found
+    assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
+
+
+def test_another_setting_is_another_file(tmp_path):
+    CalibrationFile(tmp_path, SETTING).write(READINGS)
+    for changed in ({"gpu": "NVIDIA H100"}, {"model": {"num_layers": 28}}, {"driver": 13000}):
+        assert CalibrationFile(tmp_path, SETTING | changed).read() == {}
+
+
+def damaged() -> dict[str, str]:
+    whole = {"setting": SETTING, "readings": {"512": {"128": {"serial": 1.0}}}}
+
+    def with_times(ms) -> str:
+        return json.dumps(whole | {"readings": {"512": {"128": ms}}})
+
+    return {
+        "empty": "",
+        "half of it": json.dumps(whole)[:40],
+        "a list": "[1, 2]",
+        "a number": "3",
+        "no readings": json.dumps({"setting": SETTING}),
+        "another setting": json.dumps(whole | {"setting": SETTING | {"gpu": "other"}}),
+        "no numbers of requests": json.dumps(whole | {"readings": {"many": {}}}),
+        "readings in a list": json.dumps(whole | {"readings": [1]}),
+        "no times": with_times(5),
+        "no time": with_times({"serial": "fast"}),
+        "true": with_times({"serial": True}),
+        "none at all": with_times({"serial": 0}),
+        "not finite": with_times({"serial": float("inf")}),
+        "without serial": with_times({"48:84": 1.0}),
+        "not text": "\udcff",
+    }
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_what_is_damaged_is_ignored_and_replaced(tmp_path, caplog, kind):
+    file = CalibrationFile(tmp_path, SETTING)
+    file.path.write_bytes(damaged()[kind].encode(errors="surrogateescape"))
+    assert file.read() == {}
+    [line] = caplog.messages
+    assert f"{file.path} is ignored: " in line and "\n" not in line
+    file.write(READINGS)
+    assert file.read() == READINGS
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line_of_log(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    file = CalibrationFile(tmp_path / "file" / "folder", SETTING)
+    file.write(READINGS)
+    assert "is not written" in caplog.text
+    assert file.read() == {}
+
+
+def test_the_digest_is_of_the_sources(tmp_path):
+    assert digest_of_sources() == digest_of_sources() != digest_of_sources(tmp_path)
+    for name in ("kernels", "engine"):
+        (tmp_path / name).mkdir()
+    found = set()
+    for name in ("kernels/a.py", "kernels/tiles.json", "engine/stage_a.py", "engine/llm.py"):
+        (tmp_path / name).write_text("1")
+        found.add(digest_of_sources(tmp_path))
+    assert len(found) == 3  # llm.py has no say in how long a step takes

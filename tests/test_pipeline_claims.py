@@ -1,0 +1,96 @@
+"""Claims 5 to 9: verdicts follow from made-up rows, and other claims stay where they are."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from experiments import claims as other_claims
+from experiments.claims import read_csv, write_csv
+from experiments.harness import append_row
+from experiments.pipeline_claims import ASKED, NUM_PROMPTS, Row, configs, findings, main, newest
+from tests.test_claims import LONG, run_of
+from tests.test_plot import STAMP
+
+
+def rows(tpot_ms: dict[str, float], gains: dict[int, float] | None = None) -> list[Row]:
+    """Of every config and number of prompts; gains: of the pipelines, by prompts."""
+    gains = dict.fromkeys(NUM_PROMPTS, 1.0) | (gains or {})
+    found = []
+    for config, ms in tpot_ms.items():
+        for num in NUM_PROMPTS:
+            split = config.split()[1] if " " in config else "none"
+            t = ms / gains[num] if split != "none" else ms
+            found.append(Row("Qwen3-0.6B", config, num, 32, 64, 64 * t / 1e3, t, split))
+    return found
+
+
+def judged(some: list[Row]) -> dict[int, list[tuple[str, str]]]:
+    found: dict[int, list[tuple[str, str]]] = {}
+    for f in findings({(row.config, row.prompts): row for row in some}, STAMP):
+        found.setdefault(f.claim, []).append((f.over_one, f.verdict))
+    return found
+
+
+SLOW = {"one": 2.0, "pd": 2.0, f"pd {ASKED}": 4.0, "pd 48:84": 2.5, f"pd {ASKED} eager": 12.0}
+
+
+def test_a_pipeline_that_loses_refutes_what_was_claimed():
+    found = judged(rows(SLOW))
+    assert found[5] == [("0.50", "refuted"), ("0.80", "refuted")]
+    assert found[6] == [("0.80", "refuted")] and found[7] == [("0.80", "refuted")]
+    assert found[8] == [("0.62", "refuted")] and found[9] == [("3.00", "lifted")]
+
+
+def test_what_was_claimed_may_hold():
+    fast = {"one": 2.0, "pd": 1.7, f"pd {ASKED}": 1.0, "pd 48:84": 1.02}
+    found = judged(rows(fast, {1: 0.5, 2: 0.55, 4: 1.0, 16: 1.1, 64: 1.2}))
+    assert found[5] == [("1.70", "holds")] and found[6] == [("2.00", "holds")]
+    assert found[7] == [("2.04", "holds")] and found[8] == [("1.00", "holds")]
+    assert 9 not in found
+
+
+def test_a_split_that_was_not_had_does_not_count():
+    some = [replace(row, partitioning="none") for row in rows(SLOW)]
+    assert judged(some) == {} == judged(rows({"one": 1.0, "pd": 1.0}))
+
+
+def test_other_claims_stay(tmp_path, capsys):
+    source, claims = tmp_path / "rows.csv", tmp_path / "claims.csv"
+    write_csv(claims, other_claims.findings(run_of(LONG.workload, 2.0, 0.9, 1.0), "Qwen3-0.6B"))
+    for row in rows(dict.fromkeys(SLOW, 9.0)):  # of an earlier commit
+        append_row(source, asdict(row) | STAMP | {"commit": "old"})
+    for row in rows(SLOW):
+        append_row(source, asdict(row) | STAMP)
+    for _ in range(2):
+        main(["--csv", str(source), "--claims", str(claims)])
+    assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
+    assert "| 5 | pipeline on PD, 4 prompts x 64, 48:84 | Qwen3-0.6B | 1.70x | 0.80x" in (
+        capsys.readouterr().out
+    )
+    engine = tmp_path / "engine.csv"
+    for reading in run_of(LONG.workload, 2.0, 0.9, 1.0):
+        append_row(engine, asdict(reading))
+    other_claims.main(["--from", str(engine), "--csv", str(claims)])
+    assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
+    assert newest(source, "Qwen3-0.6B")[0]["pd", 4].tpot_ms == 2.0
+
+
+def test_without_rows_or_gpus_nothing_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    argv = ["--csv", str(tmp_path / "rows.csv"), "--claims", str(tmp_path / "claims.csv")]
+    for more in ([], ["--measure"]):
+        with pytest.raises(SystemExit):
+            main([*argv, *more])
+    errors = capsys.readouterr().err
+    assert "must be a file of results, got none" in errors and "needs two GPUs, got 1" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_configs_are_options_of_an_engine():
+    from engine.config import EngineConfig
+
+    found = configs()
+    assert list(found)[:3] == ["one", "pd", f"pd {ASKED}"]
+    for options in found.values():
+        EngineConfig.from_options("m", **options)
+    assert found[f"pd {ASKED}"]["decode_attention_sm"] == 16

@@ -1,0 +1,105 @@
+"""Figures of the pipeline from made-up rows: losing cells are as plain as winning ones."""
+
+import pytest
+
+from experiments import plot
+from experiments.bench_pipeline import Row as StepRow
+from experiments.harness import append_row
+from experiments.pipeline_figures import Cell, regime_maps, stage_lines
+from experiments.stage_curves import Row as StageRow
+from tests.test_plot import STAMP
+
+GPU = STAMP["gpu"]
+
+
+def row_of(kind, **values) -> dict[str, str]:
+    row = dict.fromkeys(kind.__dataclass_fields__, "") | STAMP
+    return row | {name: str(value) for name, value in values.items()}
+
+
+def step(batch: int, context: int, mode: str, ms: float, **more) -> dict[str, str]:
+    shape = {"model": "Qwen3-8B", "num_layers": 6, "ends_ms": 1.0, "ms_p50": ms} | more
+    return row_of(StepRow, batch=batch, context=context, mode=mode, **shape)
+
+
+def stage(name: str, sms: int, ms: float, beside_sms="", **more) -> dict[str, str]:
+    shape = {"model": "Qwen3-8B", "batch": 512, "context": 512, "ms_p50": ms} | more
+    return row_of(StageRow, stage=name, sms=sms, beside_sms=beside_sms, **shape)
+
+
+STEPS = [
+    step(1024, 512, "serial", 6.0),
+    step(1024, 512, "in order", 5.0),  # as good as it may be, it is no pipeline
+    step(1024, 512, "plain", 5.5),
+    step(1024, 512, "48:84", 5.0),
+    step(64, 512, "serial", 2.0),
+    step(64, 512, "48:84", 3.0),
+    step(64, 128, "serial", 2.0),
+]
+STAGES = [
+    stage("attention", 64, 0.2),
+    stage("attention", 32, 0.3),
+    stage("ffn", 64, 0.5),
+    stage("attention", 32, 0.4, beside_sms=100),
+    stage("ffn", 100, 0.6, beside_sms=32),
+]
+
+
+def test_cells_are_of_the_whole_model():
+    """36 layers for 6, and what stands around them once."""
+    [(place, cells)] = regime_maps(STEPS).items()
+    assert place == (GPU, "Qwen3-8B")
+    assert cells == {
+        (1024, 512): Cell(pytest.approx((1 + 6 * 5) / (1 + 6 * 4)), "48:84"),
+        (64, 512): Cell(pytest.approx((1 + 6 * 1) / (1 + 6 * 2)), "48:84"),
+    }
+
+
+def test_the_newest_row_counts_and_gpus_stand_apart():
+    newer = step(64, 512, "48:84", 1.5, date="2026-02-01 10:00")
+    other = [row | {"gpu": "NVIDIA H200"} for row in STEPS]
+    maps = regime_maps([newer, *STEPS, *other])
+    assert maps[GPU, "Qwen3-8B"][64, 512].speedup == pytest.approx(7 / 4)
+    assert maps["NVIDIA H200", "Qwen3-8B"][64, 512].speedup == pytest.approx(7 / 13)
+    assert regime_maps(STEPS[-1:]) == {}
+
+
+def test_lines_of_the_stages():
+    [lines] = stage_lines(STAGES).values()
+    assert lines["attention", False] == [(32, 0.3), (64, 0.2)]
+    assert lines["attention", True] == [(32, 0.4)]
+    assert lines["ffn", True] == [(100, 0.6)]
+
+
+def test_the_command_draws_what_there_is(tmp_path, capsys):
+    argv = ["--pipeline", "--csv", str(tmp_path / "kernels.csv"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="must hold one of pipeline"):
+        plot.main(argv)
+    for row in STEPS:
+        append_row(tmp_path / "pipeline.csv", row)
+    plot.main(argv)
+    for row in STAGES:
+        append_row(tmp_path / "pipeline_stages.csv", row)
+    plot.main(argv)
+    names = {f"pipeline_{name}.{kind}" for name in ("map", "stages") for kind in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    drawn = (tmp_path / "out" / "pipeline_map.svg").read_text()
+    assert "1.24x" in drawn and "0.54x loses" in drawn and "not measured" not in drawn
+    assert "faster in 1 of 2 cells" in drawn and "commit abc1234, 2026-01-01" in drawn
+    curves = (tmp_path / "out" / "pipeline_stages.svg").read_text()
+    assert "attention, beside the other" in curves and "ffn, alone" in curves
+    capsys.readouterr()
+
+
+def test_cells_in_between_are_said_to_be_missing(tmp_path):
+    rows = [*STEPS, step(64, 128, "48:84", 2.5)]
+    figure = plot.draw_maps(rows)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts.count("not measured") == 1 and sum("loses" in text for text in texts) == 2
+    assert plot.draw_maps(STEPS[-1:]) is None and plot.draw_stages([]) is None
+
+
+def test_a_csv_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "pipeline.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="must have the columns"):
+        plot.main(["--pipeline", "--csv", str(tmp_path / "kernels.csv")])
