@@ -66,6 +66,11 @@ class SamplingTensors:
 def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
     """Those tensors' values on the host, by name, for requests whose newest token, still in
     flight, is the one to be drawn."""
+    return param_columns(requests) | {"steps": [draw_index(request) for request in requests]}
+
+
+def param_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
+    """Those of them that never change for a request."""
     params = [request.params for request in requests]
     return {
         "temperature": [p.temperature for p in params],
@@ -73,7 +78,6 @@ def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[
         "top_p": [p.top_p for p in params],
         "min_p": [p.min_p for p in params],
         "seeds": [request.seed for request in requests],
-        "steps": [draw_index(request) for request in requests],
     }
 
 
