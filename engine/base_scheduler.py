@@ -11,6 +11,9 @@ from engine.block_manager import BlockManager
 from engine.config import check_int
 from engine.request import FinishReason, Request, RequestState
 
+# to look up a member of an enum, for each token of each step, takes CPython 3.11 up to 0.1 us
+DECODING = RequestState.DECODING
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
@@ -134,11 +137,11 @@ class BaseScheduler(ABC):
         it has a block. One whose tokens all exist already only waits to know them.
         """
         scheduled: list[Request] = []
-        block_size, decoding = self._block_size, RequestState.DECODING
+        block_size = self._block_size
         # a victim, which is the latest to have arrived, is never one that is scheduled already
         for request in list(self.running.values()):
             num_tokens = len(request.token_ids) + request.num_in_flight
-            if request.state is not decoding or num_tokens >= request.max_total_tokens:
+            if request.state is not DECODING or num_tokens >= request.max_total_tokens:
                 continue
             # it has blocks for all but the newest token, which may be the first of another block
             has_block = (num_tokens - 1) % block_size != 0
@@ -161,7 +164,7 @@ class BaseScheduler(ABC):
         num_computed = len(request.token_ids) - 1
         if num_computed % self._block_size == 0:  # one more block is full
             self._commit(request, num_computed)
-        if request.state is not RequestState.DECODING:
+        if request.state is not DECODING:
             self._first_token_known(request)
         return True
 
