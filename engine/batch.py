@@ -1,7 +1,8 @@
 """Requests to the index tensors of one launch, and a launch's token ids back to the host."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,11 @@ class SamplingTensors:
 def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
     """Those tensors' values on the host, by name, for requests whose newest token, still in
     flight, is the one to be drawn."""
+    return param_columns(requests) | {"steps": [draw_index(request) for request in requests]}
+
+
+def param_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[float]]:
+    """Those of them that never change for a request."""
     params = [request.params for request in requests]
     return {
         "temperature": [p.temperature for p in params],
@@ -73,7 +79,6 @@ def sampling_columns(requests: Sequence[Request]) -> dict[str, list[int] | list[
         "top_p": [p.top_p for p in params],
         "min_p": [p.min_p for p in params],
         "seeds": [request.seed for request in requests],
-        "steps": [draw_index(request) for request in requests],
     }
 
 
@@ -119,30 +124,39 @@ def prefill_columns(
     chunks: Sequence[PrefillChunk], table_of: BlockTableOf, block_size: int
 ) -> dict[str, Any]:
     """The values on the host of all that PREFILL names."""
-    ends = np.cumsum([chunk.num_tokens for chunk in chunks])
-    positions = [np.arange(c.start, c.start + c.num_tokens) for c in chunks]
-    tables = [np.asarray(table_of(c.request.request_id), dtype=np.int32) for c in chunks]
-    slots = [
-        table[p // block_size].astype(np.int64) * block_size + p % block_size
-        for table, p in zip(tables, positions, strict=True)
-    ]
-    block_table = np.zeros((len(chunks), max(map(len, tables))), dtype=np.int32)
-    for row, table in zip(block_table, tables, strict=True):
-        row[: len(table)] = table
+    lengths = np.array([chunk.num_tokens for chunk in chunks])
+    starts = np.array([chunk.start for chunk in chunks])
+    ends = np.cumsum(lengths)
+    # of each token, its place in the launch moved to its place in the prompt
+    positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+    block_table = _block_table([table_of(chunk.request.request_id) for chunk in chunks])
+    indices = positions // block_size
+    blocks = block_table[np.repeat(np.arange(len(chunks)), lengths), indices].astype(np.int64)
     return {
-        "token_ids": [
-            token_id
-            for chunk in chunks
-            for token_id in chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens]
-        ],
-        "positions": np.concatenate(positions),
-        "slot_mapping": np.concatenate(slots),
-        "sampled_rows": [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last],
+        "token_ids": np.fromiter(_token_ids(chunks), np.int64, ends[-1]),
+        "positions": positions,
+        "slot_mapping": (blocks - indices) * block_size + positions,
+        "sampled_rows": (ends - 1)[[chunk.is_last for chunk in chunks]],
         "block_table": block_table,
-        "context_lens": [chunk.start + chunk.num_tokens for chunk in chunks],
+        "context_lens": starts + lengths,
         "cu_seqlens": [0, *ends],
         **sampling_columns(sampled_requests(chunks)),
     }
+
+
+def _token_ids(chunks: Sequence[PrefillChunk]) -> Iterator[int]:
+    """The chunks' tokens, one chunk behind the other."""
+    return chain.from_iterable(
+        chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] for chunk in chunks
+    )
+
+
+def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """The tables one below the other, 0 behind each: [B, max_blocks] int32."""
+    block_table = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(block_table, tables, strict=True):
+        row[: len(table)] = table
+    return block_table
 
 
 @dataclass(frozen=True)

@@ -170,10 +170,14 @@ class BlockManager:
         self, digests: list[bytes], token_ids: Sequence[int], num_full: int
     ) -> None:
         """Hash on until there is a digest, of all tokens up to its end, for num_full blocks."""
-        for i in range(len(digests), num_full):
-            tokens = array("q", token_ids[i * self.block_size : (i + 1) * self.block_size])
-            previous = digests[-1] if digests else b""
-            digests.append(blake2b(previous + tokens.tobytes(), digest_size=16).digest())
+        first = len(digests) * self.block_size
+        tokens = array("q", token_ids[first : num_full * self.block_size])
+        data, block_bytes = tokens.tobytes(), tokens.itemsize * self.block_size
+        previous = digests[-1] if digests else b""
+        for start in range(0, len(data), block_bytes):
+            block = data[start : start + block_bytes]
+            previous = blake2b(previous + block, digest_size=16).digest()
+            digests.append(previous)
 
     def _publish(self, block: int, digest: bytes) -> None:
         if digest not in self._block_of:  # of equal blocks the first stays

@@ -6,14 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import SAMPLING, BlockTableOf, Launched, sampling_columns, to_device
+from engine.batch import SAMPLING, BlockTableOf, Launched, to_device
+from engine.decode_rows import DecodeRows
 from engine.device import Span
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
 from engine.kv_cache import KVCache
 from engine.request import Request
 from models.decoder import AttentionBatch, Decoder, StageBuffers
 
-Columns = Mapping[str, Sequence[int] | Sequence[float]]  # an input field -> a value per request
+Column = Sequence[int] | np.ndarray
+Columns = Mapping[str, Column]  # an input field -> a value per request
 
 STEP_FIELDS = {
     "rows": np.int64,  # the request's row in the tables that stay on the device
@@ -68,9 +70,7 @@ class DecodeWorker:
         self._step_token_ids = torch.zeros(max_num_seqs, **options)
         self._step_block_table = torch.zeros_like(self.block_table[:-1])
         self._sampled = torch.zeros(max_num_seqs, **options)
-        self._row_of: dict[int, int] = {}  # request_id -> row
-        self._num_blocks_sent: dict[int, int] = {}  # request_id -> blocks in its device row
-        self._free_rows = list(range(max_num_seqs))[::-1]
+        self.rows = DecodeRows(max_num_seqs, kv_cache.block_size, max_blocks)
         self.graphs = StepGraphs(device, graph_pool)
 
     def admit(self, requests: Sequence[Request], token_ids: Tensor | None = None) -> None:
@@ -78,10 +78,7 @@ class DecodeWorker:
         device; None where the host knows them."""
         if not requests:
             return
-        for request in requests:
-            self._row_of[request.request_id] = self._free_rows.pop()
-            self._num_blocks_sent[request.request_id] = 0
-        rows = [self._row_of[request.request_id] for request in requests]
+        rows = self.rows.admit(requests)
         if token_ids is None:
             newest = [request.token_ids[-1] for request in requests]
             token_ids = to_device(newest, np.int64, self.device)
@@ -89,19 +86,15 @@ class DecodeWorker:
 
     def has_row(self, request: Request) -> bool:
         """Whether the request was admitted and not released since."""
-        return request.request_id in self._row_of
+        return request in self.rows
 
     def release(self, request: Request) -> None:
         """Take the request's row back; harmless where it has none."""
-        row = self._row_of.pop(request.request_id, None)
-        if row is not None:
-            del self._num_blocks_sent[request.request_id]
-            self._free_rows.append(row)
+        self.rows.release(request)
 
     def launch(self, requests: Sequence[Request], table_of: BlockTableOf) -> Launched:
         """One token for each of these admitted requests."""
         span = Span(self.device)
-        self._send_blocks(requests, table_of)
         places = self._run_step(requests, self._columns(requests, table_of))
         size = max(places) + 1
         token_ids, logits = self._sampled[:size], self.buffers.logits[:size]
@@ -127,38 +120,20 @@ class DecodeWorker:
         """Drop the graphs; nothing may be launched afterwards."""
         self.graphs.captured.clear()
 
-    def _send_blocks(self, requests: Sequence[Request], table_of: BlockTableOf) -> None:
-        """Append to the device's block tables what was granted since the last step."""
-        cells: list[int] = []
-        blocks: list[int] = []
-        width = self.block_table.shape[1]
-        for request in requests:
-            table, sent = table_of(request.request_id), self._num_blocks_sent[request.request_id]
-            if len(table) == sent:
-                continue
-            start = self._row_of[request.request_id] * width
-            cells.extend(range(start + sent, start + len(table)))
-            blocks.extend(table[sent:])
-            self._num_blocks_sent[request.request_id] = len(table)
+    def _columns(self, requests: Sequence[Request], table_of: BlockTableOf) -> Columns:
+        # the newest token's place is the last of these: the one this step draws comes behind it
+        known = [len(request.token_ids) + request.num_in_flight - 1 for request in requests]
+        rows, context_lens = self.rows.of(requests), np.array(known, np.int64)
+        self._send_blocks(*self.rows.learn_blocks(requests, rows, context_lens, table_of))
+        # a list too: micro-batches are cut by it, number by number
+        return self.rows.columns(rows, context_lens) | {"context_lens": known}
+
+    def _send_blocks(self, cells: Sequence[int], blocks: Sequence[int]) -> None:
+        """Put blocks into cells of the device's block tables."""
         if cells:
             index = to_device(cells, np.int64, self.device)
             values = to_device(blocks, np.int32, self.device)
             self.block_table.view(-1).index_copy_(0, index, values)
-
-    def _columns(self, requests: Sequence[Request], table_of: BlockTableOf) -> Columns:
-        block_size = self.kv_cache.block_size
-        # the newest token's place: the one this step draws comes behind it
-        positions = [request.num_tokens - 2 for request in requests]
-        return {
-            "rows": [self._row_of[request.request_id] for request in requests],
-            "positions": positions,
-            "slot_mapping": [
-                table_of(request.request_id)[p // block_size] * block_size + p % block_size
-                for request, p in zip(requests, positions, strict=True)
-            ],
-            "context_lens": [p + 1 for p in positions],
-            **sampling_columns(requests),
-        }
 
     def _step(self, size: int) -> None:
         """Embed to sampled token for the first `size` rows of the inputs, in static buffers."""

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 ALIGNMENT = 16  # bytes; Triton compiles anew for a pointer that is aligned to less
 
@@ -25,19 +24,15 @@ class StaticInputs:
     ) -> None:
         """fields: name -> (numpy dtype, shape). `tensors` has them by name, at fixed addresses."""
         self._is_cuda = device.type == "cuda"
-        self._fields: dict[str, tuple[slice, torch.dtype, tuple[int, ...]]] = {}
+        self._fields: dict[str, tuple[slice, type, tuple[int, ...]]] = {}
         end = 0
         for name, (dtype, shape) in fields.items():
             start, num_bytes = end, math.prod(shape) * np.dtype(dtype).itemsize
-            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            self._fields[name] = (slice(start, start + num_bytes), torch_dtype, shape)
+            self._fields[name] = (slice(start, start + num_bytes), dtype, shape)
             end = start + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.tensors = self._views(self._bytes)
-
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        return {
-            name: buffer[span].view(dtype).view(shape)
+        self.tensors = {
+            name: self._bytes[span].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
             for name, (span, dtype, shape) in self._fields.items()
         }
 
@@ -49,8 +44,10 @@ class StaticInputs:
         """
         # a new host buffer each time: the copy of the last launch may not have run yet
         host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
-        for name, view in self._views(host).items():
-            array, values = view.numpy(), np.asarray(columns.get(name, ()))
+        places = host.numpy()
+        for name, (span, dtype, shape) in self._fields.items():
+            array = places[span].view(dtype).reshape(shape)
+            values = np.asarray(columns.get(name, ()))
             if name in padding:
                 array.fill(padding[name])
             if values.size:

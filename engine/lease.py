@@ -43,6 +43,7 @@ class Leases:
         self.prefill = prefill
         self.decode = decode
         self.num_owed = 0  # over all leases
+        self._outgrown: set[int] = set()  # request_ids, see num_outgrown
         self._open: dict[int, Lease] = {}  # request_id -> its lease
         self._closing: dict[int, Lease] = {}  # lease_id -> closed while a copy is in flight
         self._next_id = 0
@@ -60,12 +61,7 @@ class Leases:
     @property
     def num_outgrown(self) -> int:
         """Leases whose next decode block comes out of the credits."""
-        return sum(
-            lease.in_decode
-            and not lease.num_owed
-            and len(self.decode.block_table(lease.lease_id)) < lease.max_decode_blocks
-            for lease in self._open.values()
-        )
+        return len(self._outgrown)
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -114,6 +110,7 @@ class Leases:
         destination = self.decode.block_table(lease.lease_id)
         self._pay(lease, len(destination))
         lease.in_decode = lease.is_copying = True
+        self._note_outgrown(lease)
         moved = slice(self.num_blocks(num_cached), self.num_blocks(num_copied))
         return self.prefill.block_table(lease.lease_id)[moved], destination[moved]
 
@@ -138,7 +135,9 @@ class Leases:
         if num_new > lease.num_owed + self.credits:
             return False
         self._pay(lease, num_new)
-        return self.decode.grow(lease.lease_id, num_tokens)
+        has_grown = self.decode.grow(lease.lease_id, num_tokens)
+        self._note_outgrown(lease)
+        return has_grown
 
     def commit(self, request_id: int, token_ids: Sequence[int], num_computed: int) -> None:
         """Make the full blocks among the first num_computed tokens findable, in the pool where
@@ -150,6 +149,7 @@ class Leases:
     def close(self, request_id: int) -> None:
         """End a lease: promise and blocks go back, at once or when its copy has ended."""
         lease = self._open.pop(request_id)
+        self._outgrown.discard(request_id)
         self._pay(lease, lease.num_owed)
         if lease.is_copying:
             # freed now, a block would be granted anew and overwritten while the copy reads it,
@@ -190,6 +190,21 @@ class Leases:
             assert self.prefill.holds(lease.lease_id) == lease.in_prefill, "prefill disagrees"
             assert self.decode.holds(lease.lease_id) == lease.in_decode, "decode disagrees"
         assert all(lease.is_copying for lease in self._closing.values()), "a lease is forgotten"
+        outgrown = {id_ for id_, lease in self._open.items() if self._is_outgrown(lease)}
+        assert outgrown == self._outgrown, "leases have outgrown their promise unnoticed"
+
+    def _is_outgrown(self, lease: Lease) -> bool:
+        if lease.num_owed or not lease.in_decode:
+            return False
+        return len(self.decode.block_table(lease.lease_id)) < lease.max_decode_blocks
+
+    def _note_outgrown(self, lease: Lease) -> None:
+        # each time that blocks are granted: to count them anew, all leases would be looked at for
+        # every request that is admitted
+        if self._is_outgrown(lease):
+            self._outgrown.add(lease.request_id)
+        else:
+            self._outgrown.discard(lease.request_id)
 
     def _pay(self, lease: Lease, num_blocks: int) -> None:
         """Take granted or returned blocks off what the lease was promised."""

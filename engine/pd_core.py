@@ -215,7 +215,7 @@ class PDCore(BaseCore):
         if not requests:
             return False
         with self._requeued_on_error(requests), self._decode_side.active():
-            self.decode.admit([r for r in requests if not self.decode.has_row(r)])
+            self.decode.admit(self.decode.rows.without_row(requests))
             self._decodes.append(self.decode.launch(requests, self.scheduler.decode_table))
         self.stats.decode_launched(len(requests))
         return True

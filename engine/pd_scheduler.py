@@ -95,6 +95,9 @@ class PDScheduler(BaseScheduler):
             on_release=on_release,
         )
         self.leases = Leases(prefill_blocks, decode_blocks)
+        # of the running, by their states; the others decode
+        self._prefilled: dict[int, Request] = {}  # in the order in which they were computed
+        self._copying: set[int] = set()
         self.max_decode_backlog = max_decode_backlog
         self.growth_tokens = growth_tokens
         self.push_tokens = push_tokens
@@ -102,7 +105,7 @@ class PDScheduler(BaseScheduler):
     @property
     def num_decoding(self) -> int:
         """Requests that decode: their blocks are in the decode pool, their first token is known."""
-        return sum(r.state is RequestState.DECODING for r in self.running.values())
+        return len(self.running) - len(self._prefilled) - len(self._copying)
 
     @property
     def decode_backlog(self) -> int:
@@ -133,9 +136,9 @@ class PDScheduler(BaseScheduler):
         the request; one without blocks at once. With push_tokens, call this between
         `schedule_prefill` and the launch to push layers as they are computed.
         """
-        num_copying = sum(r.state is RequestState.COPYING for r in self.running.values())
-        num_free_rows = max(0, self.max_num_seqs - self.num_decoding - num_copying)
-        ready = [request for request in self.running.values() if self._is_ready(request)]
+        num_placed = self.num_decoding + len(self._copying)
+        num_free_rows = max(0, self.max_num_seqs - num_placed)
+        ready = [request for request in self._prefilled.values() if self._is_ready(request)]
         return [self._hand_over(request) for request in ready[:num_free_rows]]
 
     def handoff_done(self, handoff: Handoff) -> bool:
@@ -154,13 +157,6 @@ class PDScheduler(BaseScheduler):
         if self.leases.end_copy(handoff.lease):
             self.preempt(handoff.request)
 
-    def record_token(self, request: Request, token_id: int, epoch: int) -> bool:
-        """Take a sampled token, see the base; a first token may come after its hand-over."""
-        is_fresh = super().record_token(request, token_id, epoch)
-        if is_fresh and request.state is RequestState.COPYING:
-            self._decode_if_ready(request)
-        return is_fresh
-
     def _may_admit(self, request: Request) -> bool:
         if self.decode_backlog >= self.max_decode_backlog:
             return False
@@ -178,8 +174,18 @@ class PDScheduler(BaseScheduler):
     def _grow(self, request: Request, num_tokens: int) -> bool:
         return self.leases.grow(request.request_id, num_tokens)
 
+    def _run(self, request: Request) -> None:
+        super()._run(request)
+        self._prefilled[request.request_id] = request
+
     def _return_blocks(self, request: Request) -> None:
+        self._prefilled.pop(request.request_id, None)
+        self._copying.discard(request.request_id)
         self.leases.close(request.request_id)
+
+    def _first_token_known(self, request: Request) -> None:
+        if request.state is RequestState.COPYING:  # it may come after its hand-over
+            self._decode_if_ready(request)
 
     def _victim(self) -> Request | None:
         # blocks that come back with a copy in flight are waited for before others are taken
@@ -193,9 +199,8 @@ class PDScheduler(BaseScheduler):
         return num_tokens + 1 >= request.max_total_tokens
 
     def _is_ready(self, request: Request) -> bool:
-        """Computed, not copied yet, and something to decode as far as that is known."""
-        if request.state is not RequestState.PREFILLED:
-            return False
+        """Of one that is computed and not copied yet: there is something to decode, as far as that
+        is known, and its copy may start."""
         if self._never_decodes(request.num_computed_tokens, request):
             return False
         if not request.num_in_flight:
@@ -206,6 +211,8 @@ class PDScheduler(BaseScheduler):
         num_tokens = request.num_computed_tokens
         blocks = self.leases.start_copy(request.request_id, request.token_ids, num_tokens)
         request.state = RequestState.COPYING
+        del self._prefilled[request.request_id]
+        self._copying.add(request.request_id)
         lease = self.leases.lease_of(request.request_id)
         return Handoff(request, request.epoch, lease, num_tokens, *blocks)
 
@@ -214,3 +221,4 @@ class PDScheduler(BaseScheduler):
         device is given by the host."""
         if not self.leases.lease_of(request.request_id).is_copying and not request.num_in_flight:
             request.state = RequestState.DECODING
+            self._copying.remove(request.request_id)

@@ -50,3 +50,6 @@ class Scheduler(BaseScheduler):
 
     def _return_blocks(self, request: Request) -> None:
         self.block_manager.release(request.request_id)
+
+    def _first_token_known(self, request: Request) -> None:
+        """Nothing waits for it: requests decode from their prefill on."""

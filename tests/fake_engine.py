@@ -37,6 +37,12 @@ def expected_tokens(prompt: list[int], max_total_tokens: int) -> list[int]:
     return generated
 
 
+def check_running(scheduler: BaseScheduler) -> None:
+    """Those that run are in the order of arrival, which decode and preemption rely on."""
+    indices = [request.arrival_index for request in scheduler.running.values()]
+    assert indices == sorted(indices)
+
+
 class FakeEngine:
     """A scheduler and its requests; subclasses bring the devices."""
 

@@ -10,7 +10,7 @@ from engine.base_scheduler import PrefillChunk
 from engine.block_manager import BlockManager
 from engine.pd_scheduler import Handoff, PDScheduler
 from engine.request import Request, RequestState
-from tests.fake_engine import FakeEngine, Result, mix, sample
+from tests.fake_engine import FakeEngine, Result, check_running, mix, sample
 
 UNWRITTEN = b"unwritten"
 NOT_DECODING_YET = (RequestState.PREFILLING, RequestState.PREFILLED, RequestState.COPYING)
@@ -205,6 +205,13 @@ class PDEngine(FakeEngine):
         assert backlog == scheduler.decode_backlog <= scheduler.max_decode_backlog, "backlog"
         decoding = states[RequestState.COPYING] + states[RequestState.DECODING]
         assert decoding <= scheduler.max_num_seqs
+        assert states[RequestState.DECODING] == scheduler.num_decoding
+        for known, state in (
+            (scheduler._prefilled, RequestState.PREFILLED),
+            (scheduler._copying, RequestState.COPYING),
+        ):
+            assert set(known) == {r.request_id for r in self.requests if r.state is state}
+        check_running(scheduler)
         waiting = [r.arrival_index for r in scheduler.waiting.values()]
         assert waiting == sorted(waiting), "not first come, first served"
         for request in self.requests:

@@ -53,6 +53,19 @@ def test_one_that_holds_all_it_can_use_has_not_outgrown_its_promise() -> None:
     assert leases.num_outgrown == 0
 
 
+def test_who_has_outgrown_its_promise_counts_until_its_lease_ends() -> None:
+    leases = opened(num_promised=3)
+    assert leases.num_outgrown == 0
+    leases.start_copy(0, TOKENS[:34], 33)
+    assert leases.num_outgrown == 1
+    leases.close(0)  # the copy goes on
+    assert leases.num_outgrown == 0
+    leases.open(0, TOKENS[:33], 4, 8)  # the same request again, promised more
+    leases.start_copy(0, TOKENS[:34], 33)
+    assert leases.num_outgrown == 0
+    leases.check()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 32, 33])
 def test_copy_covers_the_tokens_and_leaves_a_place_for_the_next(num_tokens: int) -> None:
     leases = opened(num_tokens=num_tokens, num_promised=num_tokens // 16 + 1)

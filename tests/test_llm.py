@@ -52,7 +52,7 @@ def assert_idle(llm: LLM) -> None:
     stats = llm.stats()
     assert (stats["num_waiting"], stats["num_running"]) == (0, 0)
     assert stats["num_free_kv_blocks"] == stats["num_kv_blocks"]
-    assert len(llm._core.decode._free_rows) == len(llm._core.decode.buffers.logits)
+    assert llm._core.decode.rows.num_free == len(llm._core.decode.buffers.logits)
     assert not llm._jobs and not llm._touched, "outputs that nobody will fetch are kept"
 
 

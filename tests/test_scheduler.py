@@ -11,7 +11,15 @@ from engine.base_scheduler import PrefillChunk
 from engine.block_manager import BlockManager
 from engine.request import Request, RequestState, SamplingParams
 from engine.scheduler import Scheduler
-from tests.fake_engine import EngineMachine, FakeEngine, Result, expected_tokens, mix, sample
+from tests.fake_engine import (
+    EngineMachine,
+    FakeEngine,
+    Result,
+    check_running,
+    expected_tokens,
+    mix,
+    sample,
+)
 
 
 class Engine(FakeEngine):
@@ -96,6 +104,7 @@ class Engine(FakeEngine):
         waiting, running = list(scheduler.waiting), list(scheduler.running)
         cut = [] if scheduler.prefilling is None else [scheduler.prefilling.request_id]
         order = running + cut + waiting
+        check_running(scheduler)
         assert not self.is_in_order or order == sorted(order), "not first come, first served"
         assert len(running) + len(cut) == scheduler.num_running <= scheduler.max_num_seqs
         assert scheduler.num_waiting == len(waiting)
@@ -195,7 +204,7 @@ def test_a_block_is_left_for_each_that_runs(num_blocks: int, num_running: int) -
 
 
 def test_who_came_first_and_is_computed_again_takes_blocks_of_no_one_already_scheduled() -> None:
-    """It decodes behind a later arrival then, whose turn in the same step comes before its own."""
+    """It is computed behind a later arrival then; its turn in a step comes before that one's."""
     for num_blocks in (5, 6, 7):
         engine = Engine(num_blocks, 4, max_num_batched_tokens=99)
         first, second = (engine.add([n] * 4, max_tokens=12) for n in (1, 2))
@@ -203,7 +212,7 @@ def test_who_came_first_and_is_computed_again_takes_blocks_of_no_one_already_sch
         engine.scheduler.preempt(first)
         engine.is_in_order = False
         engine.step()
-        assert list(engine.scheduler.running) == [second.request_id, first.request_id]
+        assert list(engine.scheduler.running) == [first.request_id, second.request_id]
         engine.run_to_end()
         assert second.num_preemptions > 0
 
