@@ -182,7 +182,7 @@ class AutoPipeline(DecodePipeline):
     @contextmanager
     def _requests_of(self, batch: int, context: int) -> Iterator[None]:
         """Block tables as if there were requests, over scattered blocks. Nobody has a row yet."""
-        assert not self._row_of, "a calibration must come before the first request"
+        assert not len(self.rows), "a calibration must come before the first request"
         num_blocks = -(-context // self.kv_cache.block_size)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(self.kv_cache.num_blocks, generator=generator)

@@ -31,6 +31,9 @@ class DecodeRows:
         """Rows that no request has."""
         return len(self._free)
 
+    def __len__(self) -> int:
+        return len(self._row_of)
+
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._row_of
 
