@@ -12,6 +12,7 @@ On Hopper by `decode_pipeline`, elsewhere and for what that does not take by `de
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,6 +162,25 @@ def decode_attention(
     return out
 
 
+def _options(q: Tensor, kv_cache: Tensor) -> dict[str, Any]:
+    """What both kernels are compiled and launched with: heads, how contexts are cut, PDL."""
+    num_requests, num_heads, head_dim = q.shape
+    num_kv_heads = kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    return {
+        "H_KV": num_kv_heads,
+        "GROUP": group,
+        "D": head_dim,
+        "SPLIT_LEN": SPLIT_LEN,
+        "MIN_SPLIT_LEN": MIN_SPLIT_LEN,
+        "FEW_SPLITS": FEW_SPLITS,
+        "MAX_SPLITS": MAX_SPLITS,
+        "BLOCK_B": max(next_power_of_2(num_requests), MIN_BLOCK_B),
+        "BLOCK_J": next_power_of_2(group),
+        **launch_options(q.device),
+    }
+
+
 def _launch_plain(
     q: Tensor,
     kv_cache: Tensor,
@@ -174,9 +194,8 @@ def _launch_plain(
     num_programs: int,
 ) -> None:
     """Launch over arguments that the caller has checked."""
-    num_requests, num_heads, head_dim = q.shape
-    _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    group = num_heads // num_kv_heads
+    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    group = q.shape[1] // num_kv_heads
     _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
@@ -186,7 +205,7 @@ def _launch_plain(
         workspace.max_sum,
         workspace.arrived,
         out,
-        num_requests,
+        len(q),
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -194,24 +213,15 @@ def _launch_plain(
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
-        H_KV=num_kv_heads,
-        GROUP=group,
-        D=head_dim,
         BLOCK_SIZE=block_size,
         PRECISION=dot_precision(kv_cache.dtype),
-        SPLIT_LEN=SPLIT_LEN,
-        MIN_SPLIT_LEN=MIN_SPLIT_LEN,
-        FEW_SPLITS=FEW_SPLITS,
-        MAX_SPLITS=MAX_SPLITS,
         JOIN_AHEAD=JOIN_AHEAD,
-        BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
         BLOCK_G=max(16, next_power_of_2(group)),
-        BLOCK_J=next_power_of_2(group),
         BLOCK_N=tile.BLOCK_N,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(q.device),
+        **_options(q, kv_cache),
     )
 
 
@@ -228,8 +238,7 @@ def _launch_pipeline(
     num_programs: int,
 ) -> None:
     """The same for what the pipeline `takes`."""
-    num_requests, num_heads, head_dim = q.shape
-    group = num_heads // kv_cache.shape[3]
+    group = q.shape[1] // kv_cache.shape[3]
     pool = hopper.describe_pool(kv_cache)
     _decode_pipeline_kernel[(num_programs,)](
         q,
@@ -240,7 +249,7 @@ def _launch_pipeline(
         workspace.max_sum,
         workspace.arrived,
         out,
-        num_requests,
+        len(q),
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -250,20 +259,11 @@ def _launch_pipeline(
         pool.rows_per_block,
         pool.rows_to_v,
         pool.num_rows,
-        H_KV=kv_cache.shape[3],
-        GROUP=group,
-        D=head_dim,
-        SPLIT_LEN=SPLIT_LEN,
-        MIN_SPLIT_LEN=MIN_SPLIT_LEN,
-        FEW_SPLITS=FEW_SPLITS,
-        MAX_SPLITS=MAX_SPLITS,
         SPLIT_UNIT=SPLIT_UNIT,
         # one warp has them all in its registers
         JOIN_AHEAD=max(2 * JOIN_AHEAD // max(next_power_of_2(group), 2), 1),
-        BLOCK_B=max(next_power_of_2(num_requests), MIN_BLOCK_B),
-        BLOCK_J=next_power_of_2(group),
         BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages,
         num_warps=1,
-        **launch_options(q.device),
+        **_options(q, kv_cache),
     )
