@@ -49,10 +49,10 @@ class StageLaunch(Launch):
 # to read it again itself is named as written: nobody else may use it meanwhile.
 BUFFERS: dict[Operation, tuple[str, str]] = {
     "begin": ("token_ids", "inputs step_token_ids block_table hidden{}"),  # behind an upload
-    "qkv": ("hidden{}", "rstd{} qkv{}"),
+    "qkv": ("hidden{}", "rstd{} qkv_workspace qkv{}"),
     "attend": ("qkv{} inputs block_table kv{layer}{}", "q{} kv{layer}{} workspace attention{}"),
-    "o": ("attention{} hidden{}", "hidden{}"),
-    "mlp": ("hidden{}", "rstd{} act{} hidden{}"),
+    "o": ("attention{} hidden{}", "o_workspace hidden{}"),
+    "mlp": ("hidden{}", "rstd{} act{} mlp_workspace hidden{}"),
     "end": ("inputs hidden{}", "normed logits sample_workspace sampled token_ids"),
 }
 

@@ -1,7 +1,7 @@
 """A decode step serial and pipelined, on two plain streams and on partitions of the SMs.
 
     python -m experiments.bench_pipeline --model Qwen3-8B --layers 6 --cells 512x512 1024x512
-        --splits 40:92 48:84 56:76 [--num 2] [--qkv ffn] [--o attention] [--timed]
+        --splits 40:92 48:84 56:76 [--num 2] [--qkv ffn] [--o attention] [--timed] [--energy]
     python -m experiments.bench_pipeline --model Qwen3-8B --map --max-seconds 240
 
 A cell is batch x context, all requests of one length; weights and KV blocks are random. --map takes
@@ -12,8 +12,10 @@ is one CUDA graph, timed over replays: `serial`, the whole batch in one piece; `
 of the pipeline on one stream; `plain`, two streams that share all SMs, their kernels' grids whole
 or, as `plain 40:92`, as large as the split; and each split. Tokens and logits of a mode are
 compared with those of `in order`, to the bit. Times of few layers stand for a model's once what a
-step does around its layers (ends_ms: embedding, LM head, sampling) is taken off. A row for each
-mode of each cell goes to experiments/results/pipeline.csv.
+step does around its layers (ends_ms: embedding, LM head, sampling) is taken off. --energy replays
+each mode for a second and more, and notes the joules of a step: at its power limit a GPU lowers its
+clocks, and two stages at a time take more power than one. A row for each mode of each cell goes to
+experiments/results/pipeline.csv.
 """
 
 import argparse
@@ -47,7 +49,7 @@ from models.decoder import Decoder
 from models.weights import dummy_weights
 
 SPLITS = ("24:108", "32:100", "40:92", "48:84", "56:76", "64:68")
-TABLE = ("batch", "context", "mode", "ms_p50", "of_serial", "same_logits", "overlap")
+TABLE = ("batch", "context", "mode", "ms_p50", "of_serial", "same_logits", "overlap", "watts")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Row:
     ffn_ms: float | str
     layers_ms: float | str
     overlap: float | str
+    sustained_ms: (
+        float | str
+    )  # of steps without a pause, at the power limit; empty without --energy
+    sustained_mj: float | str  # millijoules of such a step
     capture_ms: float
     kv_bytes: int  # of all layers
     layer_bytes: int  # weights of all layers, once; each micro-batch reads them
@@ -99,6 +105,7 @@ def measure(
         times = cell.time(mode)
         is_timed = args.timed and mode is not None and cell.pipeline.device.type == "cuda"
         empty = dict.fromkeys(("attention_ms", "ffn_ms", "layers_ms", "overlap"), "")
+        not_sustained = dict.fromkeys(("sustained_ms", "sustained_mj"), "")
         granted = None if mode is None else mode.granted
         attention_sms, ffn_sms = ("", "") if granted is None else granted
         yield Row(
@@ -120,6 +127,7 @@ def measure(
             same_tokens=sum(a == b for a, b in zip(token_ids, wanted_ids, strict=True)),
             same_logits=same_logits,
             **(cell.stage_times(mode) if is_timed else empty),
+            **(_sustained(cell, mode, times.p50) if args.energy else not_sustained),
             capture_ms=cell.capture_ms[mode],
             **counts,
         )
@@ -131,6 +139,16 @@ def _model_ms(model: StepModel | None, cell: Cell, mode: StageStreams | None) ->
     if model is not None and mode.granted is not None:
         return model.pipelined_ms(cell.batch, cell.context, mode.granted)
     return ""
+
+
+def _sustained(cell: Cell, mode: StageStreams | None, step_ms: float) -> dict[str, float | str]:
+    found = cell.sustain(mode, step_ms)
+    millijoules = "" if found.millijoules is None else found.millijoules
+    return {"sustained_ms": found.ms, "sustained_mj": millijoules}
+
+
+def _watts(row: Row) -> float | None:
+    return row.sustained_mj / row.sustained_ms if row.sustained_mj else None
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -185,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for row in measure(cell, modes, args, model):
                 append_row(args.out, asdict(row) | stamp)
                 serial_ms = row.ms_p50 if serial_ms is None else serial_ms
-                lines.append(asdict(row) | {"of_serial": serial_ms / row.ms_p50})
+                ratios = {"of_serial": serial_ms / row.ms_p50, "watts": _watts(row)}
+                lines.append(asdict(row) | ratios)
             del cell  # its buffers and graphs go before the next one's come
     print(table(lines, list(TABLE)))
     print(f"{time.perf_counter() - start:.0f} seconds, compilation included")
@@ -203,9 +222,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--map", action="store_true", help="all cells of the regime map, in order")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no cell later")
     p.add_argument("--timed", action="store_true", help="also each stage's time, in other graphs")
+    p.add_argument("--energy", action="store_true", help="also joules, over a second of each mode")
     p.add_argument("--device", default="cuda")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline.csv")
     args = p.parse_args(argv)
+    if args.energy and torch.device(args.device).type != "cuda":
+        p.error(f"--energy needs a GPU, got --device {args.device}")
     if args.map:
         args.cells = whole_map()
     return args

@@ -12,6 +12,7 @@ from engine.pipeline import DecodePipeline
 from engine.request import Request, SamplingParams
 from engine.stage_schedule import Placement
 from engine.stage_streams import InOrder, StageStreams
+from experiments.energy import Sustained, sustain
 from experiments.timing import Effort, Times, time_calls
 from models.decoder import Decoder
 
@@ -82,6 +83,11 @@ class Cell:
             graph.replay() if graph else self.step(mode)
 
         return time_calls(run, REPLAYS, self.pipeline.device, Effort(), captured=False)
+
+    def sustain(self, mode: StageStreams | None, step_ms: float) -> Sustained:
+        """Time and energy of a step that takes about step_ms, replayed for a second and more."""
+        self.step(mode)
+        return sustain(self._graphs[mode].replay, step_ms, self.pipeline.device)
 
     def ends(self) -> Times:
         """Of a step without its layers."""

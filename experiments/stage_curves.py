@@ -1,7 +1,7 @@
 """The attention and the FFN stage of one layer on 8 to all SMs, alone and beside each other.
 
     python -m experiments.stage_curves --model Qwen3-8B --cells 256x512 512x512 [--sms 8 16 32 ..]
-        [--max-seconds 120]
+        [--max-seconds 120] [--energy]
 
 A cell is the requests of a micro-batch x the tokens that each holds. Alone, a stage has a green
 context of so many SMs; beside the other, each has its part of a split, and one is timed while the
@@ -22,6 +22,7 @@ import torch
 from engine.kv_cache import KVCache
 from engine.stage_schedule import STAGES, Placement
 from experiments.bench_pipeline import bench_decoder, pair, random_cache
+from experiments.energy import Sustained, sustain
 from experiments.harness import RESULTS, append_row, environment, table
 from experiments.pipeline_cell import block_tables
 from experiments.pipeline_map import CellSize, fitting, texts
@@ -34,7 +35,7 @@ from models.decoder import AttentionBatch, Decoder, StageBuffers
 SMS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 132)
 GRAPH_CALLS = 24  # of a stage, over the layers in turn: their weights and keys leave the L2
 NUM_REPLAYS = 8
-TABLE = ("batch", "context", "stage", "sms", "beside_sms", "ms_p50")
+TABLE = ("batch", "context", "stage", "sms", "beside_sms", "ms_p50", "sustained_mj")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Row:
     ms_p20: float
     ms_p50: float
     ms_p80: float
+    sustained_ms: float | str  # at the power limit; empty without --energy, and beside the other
+    sustained_mj: float | str  # millijoules of such a call, the whole GPU's
     bytes: int  # read: weights, and keys and values
     flops: int  # of the products
 
@@ -89,6 +92,19 @@ class Stage:
         events = self.replay(NUM_REPLAYS)
         torch.cuda.synchronize()
         return _times(events)
+
+    def sustained(self) -> Sustained:
+        """Time and energy of one call of many, alone."""
+
+        def replay() -> None:
+            with torch.cuda.stream(self.stream):
+                self._graph.replay()
+
+        found = sustain(replay, self.alone().p50 * GRAPH_CALLS, self.stream.device)
+        millijoules = found.millijoules
+        return Sustained(
+            found.ms / GRAPH_CALLS, None if millijoules is None else millijoules / GRAPH_CALLS
+        )
 
     def beside(self, other: "Stage") -> Times:
         """The same while the other runs all along. ValueError where it did not."""
@@ -165,14 +181,17 @@ class Layer:
         }
 
 
-def measure(layer: Layer, sms: Sequence[int], device: torch.device) -> Iterator[dict[str, object]]:
+def measure(
+    layer: Layer, sms: Sequence[int], device: torch.device, *, with_energy: bool = False
+) -> Iterator[dict[str, object]]:
     """Stage, SMs, the other's and times: each stage alone on each number, then each split."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     for asked in sms:
         with GreenStreams.of((min(asked, num_sms),), device) as owner:
             for name in STAGES:
                 stage = layer.stage(name, owner.streams[0], owner.granted[0])
-                yield _found(name, owner.granted[0], "", stage.alone())
+                sustained = stage.sustained() if with_energy else None
+                yield _found(name, owner.granted[0], "", stage.alone(), sustained)
                 del stage
     for asked in sms:
         if asked + sms[0] > num_sms:
@@ -188,9 +207,16 @@ def measure(layer: Layer, sms: Sequence[int], device: torch.device) -> Iterator[
             del stages  # graphs go before their partition
 
 
-def _found(stage: str, sms: int, beside_sms: int | str, times: Times) -> dict[str, object]:
+def _found(
+    stage: str, sms: int, beside_sms: int | str, times: Times, sustained: Sustained | None = None
+) -> dict[str, object]:
     ms = {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80}
-    return {"stage": stage, "sms": sms, "beside_sms": beside_sms} | ms
+    energy: dict[str, object] = {"sustained_ms": "", "sustained_mj": ""}
+    if sustained is not None:
+        energy["sustained_ms"] = sustained.ms
+        if sustained.millijoules is not None:
+            energy["sustained_mj"] = sustained.millijoules
+    return {"stage": stage, "sms": sms, "beside_sms": beside_sms} | ms | energy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shape = {"model": args.model, "batch": cell[0], "context": cell[1]}
             stages = {"qkv_stage": args.qkv, "o_stage": args.o}
             try:
-                for found in measure(layer, args.sms, device):
+                for found in measure(layer, args.sms, device, with_energy=args.energy):
                     row = Row(**shape, **stages, **found, **layer.counts(found["stage"]))
                     append_row(args.out, asdict(row) | stamp)
                     rows.append(asdict(row))
@@ -234,6 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--qkv", choices=STAGES, default="attention", help="stage of the projection")
     p.add_argument("--o", choices=STAGES, default="ffn", help="stage of the projection")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no cell later")
+    p.add_argument("--energy", action="store_true", help="also joules, over a second, alone")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline_stages.csv")
     return p.parse_args(argv)
 

@@ -25,9 +25,10 @@ from experiments.kernel_case import BOUND, Draw, row_error
 from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
 from kernels import Tile, gemv, reference
-from kernels.linear import choose_tile as choose_matmul_tile
 from kernels.linear import is_for_tall
-from kernels.tall_matmul import has_form, ring_tile
+from kernels.tall_matmul import has_form
+from kernels.tall_plan import choose_plan, ring_tile
+from kernels.thin_matmul import choose_tile as choose_thin_tile
 from kernels.tile import device_sms
 from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
 
@@ -70,15 +71,11 @@ class Product:
         """What the launcher takes where tiles.json holds nothing."""
         if self.num_tokens == 1:
             return gemv.choose_tile(self.depth, gated=self.kernel == "gate_up")
-        return choose_matmul_tile(
-            self.num_tokens,
-            self.width,
-            self.dtype,
-            gated=self.kernel == "gate_up",
-            num_sms=num_sms,
-            is_tall=self.dtype.itemsize == 2
-            and is_for_tall(self.num_tokens, self.width, self.depth),
-        )
+        if self.dtype.itemsize == 2 and is_for_tall(self.num_tokens, self.width, self.depth):
+            shape = self.num_tokens, self.width, self.depth
+            gated = self.kernel == "gate_up"
+            return choose_plan(*shape, num_sms, gated=gated, may_share=False).tile
+        return choose_thin_tile(self.num_tokens, self.width, self.dtype)
 
     def build(
         self, device: torch.device, num_sms: int | None

@@ -8,10 +8,12 @@ from kernels.norm import add_rms_norm, rms_norm, row_rstd
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_store import rope_store
 from kernels.sampling import SampleWorkspace, sample, sample_workspace
+from kernels.tall_matmul import MatmulWorkspace, matmul_workspace
 from kernels.tile import Tile
 
 __all__ = [
     "DecodeWorkspace",
+    "MatmulWorkspace",
     "SampleWorkspace",
     "Tile",
     "add_rms_norm",
@@ -20,6 +22,7 @@ __all__ = [
     "decode_workspace",
     "gate_up",
     "linear",
+    "matmul_workspace",
     "mlp",
     "prefill_attention",
     "rms_norm",

@@ -6,15 +6,15 @@ and the scale of a row factors out of its dot products, so that the sums over th
 at the end. Bias, residual, SiLU(gate) * up follow there.
 """
 
-import torch
 from torch import Tensor
 
 from kernels import tall_matmul, thin_matmul
 from kernels.gemv import launch_gemv
 from kernels.norm import row_rstd
-from kernels.tall_matmul import TALL_BLOCK_M, launch_tall_matmul
+from kernels.tall_matmul import MatmulWorkspace, launch_tall_matmul
+from kernels.tall_plan import TALL_BLOCK_M
 from kernels.thin_matmul import HEAD_WIDTH, launch_thin_matmul
-from kernels.tile import Tile, device_sms, output, require_shape, require_unit_stride
+from kernels.tile import Tile, output, require_shape, require_unit_stride
 from kernels.tiles import matmul_shape, tuned_tile
 
 THIN_M = 16  # tokens up to which `thin_matmul` reads deep rows of weights as fast as any
@@ -29,15 +29,6 @@ def is_for_tall(num_tokens: int, width: int, depth: int) -> bool:
     return num_tokens > THIN_M or depth < DEEP_K
 
 
-def choose_tile(
-    num_tokens: int, width: int, dtype: torch.dtype, *, gated: bool, num_sms: int, is_tall: bool
-) -> Tile:
-    """A tile for [num_tokens, depth] x [depth, width] on so many SMs; is_tall: of `tall_matmul`."""
-    if is_tall:
-        return tall_matmul.choose_tile(num_tokens, width, num_sms, gated=gated)
-    return thin_matmul.choose_tile(num_tokens, width, dtype)
-
-
 def launch_matmul(
     x: Tensor,
     weight: Tensor,
@@ -50,6 +41,7 @@ def launch_matmul(
     gated: bool,
     tile: Tile | None,
     num_sms: int | None,
+    workspace: MatmulWorkspace | None,
 ) -> None:
     """Launch over arguments that the caller has checked. out: [T, N], or [T, N / 2] gated."""
     (num_tokens, K), N = x.shape, out.shape[1]
@@ -65,16 +57,18 @@ def launch_matmul(
         is_tall = is_for_tall(num_tokens, N, K)
     else:
         is_tall = tall_matmul.has_form(tile, gated=gated)
-    is_tall = is_tall and tall_matmul.takes(x, weight, residual, out)
-    if tile is None:
-        sms = device_sms(x.device) if num_sms is None else num_sms
-        tile = choose_tile(num_tokens, N, x.dtype, gated=gated, num_sms=sms, is_tall=is_tall)
     if rms_eps is None:
         rstd = None
     else:
         rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
-    launch = launch_tall_matmul if is_tall else launch_thin_matmul
-    launch(x, weight, bias, residual, rstd, out, gated=gated, tile=tile, num_sms=num_sms)
+    operands = (x, weight, bias, residual, rstd, out)
+    if is_tall and tall_matmul.takes(x, weight, residual, out):
+        options = {"tile": tile, "num_sms": num_sms, "workspace": workspace}
+        launch_tall_matmul(*operands, gated=gated, **options)
+        return
+    if tile is None:
+        tile = thin_matmul.choose_tile(num_tokens, N, x.dtype)
+    launch_thin_matmul(*operands, gated=gated, tile=tile, num_sms=num_sms)
 
 
 def linear(
@@ -88,14 +82,16 @@ def linear(
     out: Tensor | None = None,
     tile: Tile | None = None,
     num_sms: int | None = None,
+    workspace: MatmulWorkspace | None = None,
 ) -> Tensor:
     """x @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
 
     rms_eps asks for rows of x scaled to a root mean square of one first: RMSNorm, whose weight is
     folded into `weight`; rstd: fp32, T or more, is scratch for it. bias: [N]; residual: [T, N],
     which may be `out` itself. num_sms caps the grid to a partition, but for a single token, whose
-    many short programs even out by themselves. Raises ValueError where a shape or a stride does not
-    fit.
+    many short programs even out by themselves. workspace: from `matmul_workspace`, used by one
+    stream at a time; with it, SMs that whole tiles would leave idle share some. Raises ValueError
+    where a shape or a stride does not fit.
     """
     num_tokens, K = x.shape
     N = weight.shape[0]
@@ -121,5 +117,6 @@ def linear(
         gated=False,
         tile=tile,
         num_sms=num_sms,
+        workspace=workspace,
     )
     return out

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernels.linear import launch_matmul, linear
+from kernels.tall_matmul import MatmulWorkspace
 from kernels.tile import Tile, output, require_shape, require_unit_stride
 
 
@@ -15,11 +16,12 @@ def gate_up(
     out: Tensor | None = None,
     tile: Tile | None = None,
     num_sms: int | None = None,
+    workspace: MatmulWorkspace | None = None,
 ) -> Tensor:
     """silu(gate) * up of the normalised x. x: [T, N], weight: [2 * I, N], gate first -> [T, I].
 
-    rms_eps and rstd are as in `linear`: RMSNorm of x, its weight folded into `weight`. num_sms caps
-    the grid to a partition. Raises ValueError where a shape or a stride does not fit.
+    rms_eps, rstd and workspace are as in `linear`: RMSNorm of x, its weight folded into `weight`.
+    num_sms caps the grid to a partition. Raises ValueError where a shape or a stride does not fit.
     """
     num_tokens, N = x.shape
     if weight.shape[0] % 2 or weight.shape[1] != N:
@@ -27,7 +29,8 @@ def gate_up(
     require_unit_stride("x", x)
     require_unit_stride("weight", weight)
     out = output(out, (num_tokens, weight.shape[0] // 2), x)
-    launch_matmul(x, weight, None, None, rms_eps, rstd, out, gated=True, tile=tile, num_sms=num_sms)
+    options = {"tile": tile, "num_sms": num_sms, "workspace": workspace}
+    launch_matmul(x, weight, None, None, rms_eps, rstd, out, gated=True, **options)
     return out
 
 
@@ -41,13 +44,15 @@ def mlp(
     act: Tensor | None = None,
     out: Tensor | None = None,
     num_sms: int | None = None,
+    workspace: MatmulWorkspace | None = None,
 ) -> Tensor:
     """x + down(silu(gate(norm(x))) * up(norm(x))). x: [T, N], gate_up_weight: [2 * I, N],
     down_weight: [N, I] -> [T, N].
 
-    rms_eps and rstd are as in `linear`; act: [T, I] takes the intermediate; out may be x itself.
-    Raises ValueError where a shape or a stride does not fit.
+    rms_eps, rstd and workspace are as in `linear`; act: [T, I] takes the intermediate; out may be x
+    itself. Raises ValueError where a shape or a stride does not fit.
     """
     require_shape("down_weight", down_weight, x.shape[1], gate_up_weight.shape[0] // 2)
-    act = gate_up(x, gate_up_weight, rms_eps, rstd=rstd, out=act, num_sms=num_sms)
-    return linear(act, down_weight, residual=x, out=out, num_sms=num_sms)
+    options = {"num_sms": num_sms, "workspace": workspace}
+    act = gate_up(x, gate_up_weight, rms_eps, rstd=rstd, out=act, **options)
+    return linear(act, down_weight, residual=x, out=out, **options)

@@ -31,6 +31,10 @@ def row_rstd(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     return _store((x.float().square().mean(-1) + eps).rsqrt(), torch.float32, out)
 
 
+def matmul_workspace(device: torch.device | str) -> None:
+    """The scratch that products need here: none."""
+
+
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -3,7 +3,7 @@
 One warp loads: it walks the tiles of its program and fills a ring of buffers through the copy
 engine (TMA), as far ahead as the ring reaches, also while the tile before is being stored. The
 consumers, a warp group each, multiply (wgmma): each holds ROWS rows of a tile and reads the same
-weights as the others.
+weights as the others. Which tiles a program has, and how much of each sum, `tall_deal` says.
 """
 
 from triton.experimental import gluon
@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
 from kernels.hopper import gdc_launch_dependents, gdc_wait, thread_barrier, tma_load
+from kernels.tall_deal import dealt, item, pass_on, take_over
 from kernels.tall_epilogue import finish, residual_chunks
 
 
@@ -40,18 +41,6 @@ class Ring:
         self.empty = empty
         self.STAGES = gl.constexpr(STAGES)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
-
-
-@gluon.jit
-def _corner(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """First row and column of a tile. Tiles run down GROUP_M rows before they move right, so that
-    those at work together share rows of x and of the weight in L2."""
-    num_m, num_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
-    group = tile // (GROUP_M * num_n)
-    top = group * GROUP_M
-    height = gl.minimum(num_m - top, GROUP_M)
-    inside = tile - group * (GROUP_M * num_n)
-    return (top + inside % height) * BLOCK_M, inside // height * BLOCK_N
 
 
 @gluon.jit
@@ -80,32 +69,35 @@ def _load_weight(ring, weight_desc, stage, column, k, N):
 
 
 @gluon.jit
-def _load(ring, x_desc, weight_desc, M, N, K, GROUP_M: gl.constexpr, PDL: gl.constexpr):
+def _load(
+    ring, x_desc, weight_desc, M, N, K, GROUP_M: gl.constexpr, SIDE: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
     """The producer, one warp: keeps the ring full."""
     BLOCK_M: gl.constexpr = ring.CONSUMERS * x_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BYTES: gl.constexpr = (BLOCK_M + ring.weight.shape[1]) * BLOCK_K * 2
-    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     num_k = gl.cdiv(K, BLOCK_K)
+    num_items, start, end = dealt(M, N, num_k, BLOCK_M, BLOCK_N, SIDE)
     # the kernel before writes no weights: those of the first round need not wait for its end
-    row, column = _corner(gl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    ahead = gl.minimum(num_k, ring.STAGES)
+    row, column, begin, stop = item(0, start, end, M, N, num_k, BLOCK_M, BLOCK_N, GROUP_M, SIDE)
+    ahead = gl.minimum(stop - begin, ring.STAGES)
     for i in range(ahead):
         mbarrier.expect(ring.full.index(i), BYTES)
-        _load_weight(ring, weight_desc, i, column, i * BLOCK_K, N)
+        _load_weight(ring, weight_desc, i, column, (begin + i) * BLOCK_K, N)
     if PDL:
         gdc_wait()
     for i in range(ahead):
-        _load_x(ring, x_desc, i, row, i * BLOCK_K)
+        _load_x(ring, x_desc, i, row, (begin + i) * BLOCK_K)
     stage = ahead % ring.STAGES
     phase = 1 - ahead // ring.STAGES  # 1 in the first round: no buffer has to be read before it
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    for i in range(num_items):
+        row, column, begin, stop = item(i, start, end, M, N, num_k, BLOCK_M, BLOCK_N, GROUP_M, SIDE)
         # not carried from tile to tile: Triton 3.6 folds a value that the loop sets to 0 into what
         # it was before the loop, and the consumers would wait for ever
-        begun = gl.where(tile == gl.program_id(0), ahead, 0)
-        for block in range(begun, num_k):
+        begun = gl.where(i == 0, ahead, 0)
+        for block in range(begin + begun, stop):
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(ring.full.index(stage), BYTES)
             _load_x(ring, x_desc, stage, row, block * BLOCK_K)
@@ -115,33 +107,44 @@ def _load(ring, x_desc, weight_desc, M, N, K, GROUP_M: gl.constexpr, PDL: gl.con
 
 @gluon.jit
 def _multiply(
-    ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr, M, N, K,
-    stride_r_m, WHICH: gl.constexpr, GATED: gl.constexpr, GROUP_M: gl.constexpr, PDL: gl.constexpr,
+    ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr, sums_ptr,
+    is_there_ptr, M, N, K, stride_r_m, WHICH: gl.constexpr, GATED: gl.constexpr,
+    GROUP_M: gl.constexpr, SIDE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Consumer WHICH: one warp group, which multiplies and stores its ROWS rows of every tile."""
+    CONSUMERS: gl.constexpr = ring.CONSUMERS
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
-    BLOCK_M: gl.constexpr = ring.CONSUMERS * ROWS
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     WIDTH: gl.constexpr = ring.weight.shape[1]  # BLOCK_N, twice that if gated
     CHUNK_N: gl.constexpr = out_desc.block_type.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     CHUNK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK_N, 16])
-    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     num_k = gl.cdiv(K, x_desc.block_type.shape[1])
+    num_items, start, end = dealt(M, N, num_k, BLOCK_M, BLOCK_N, SIDE)
     stage, phase = 0, 0
     if PDL:
         gdc_wait()
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    for i in range(num_items):
+        row, column, begin, stop = item(i, start, end, M, N, num_k, BLOCK_M, BLOCK_N, GROUP_M, SIDE)
         row += WHICH * ROWS
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, CHUNK))
+        mask_m = rows < M
+        if SIDE > 0:  # only who ends a sum needs what is added to it
+            mask_m = mask_m & (stop == num_k)
         rstd = None
         if rstd_ptr is not None:
-            rstd = gl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+            rstd = gl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+        if SIDE > 0:  # noqa: SIM102  known when compiled, which `and` would not be
+            if begin > 0:
+                place = (gl.program_id(0) - SIDE) * CONSUMERS + WHICH
+                sums = sums_ptr + place * (ROWS * WIDTH)
+                acc = take_over(sums, is_there_ptr + place, ROWS, WIDTH, ACC)
         mbarrier.wait(ring.full.index(stage), phase)
         acc = warpgroup_mma(
-            ring.x.index(stage * ring.CONSUMERS + WHICH), ring.weight.index(stage).permute((1, 0)),
-            gl.zeros([ROWS, WIDTH], gl.float32, ACC), use_acc=False, is_async=True,
+            ring.x.index(stage * CONSUMERS + WHICH), ring.weight.index(stage).permute((1, 0)),
+            acc, use_acc=SIDE > 0, is_async=True,
         )  # fmt: skip
         acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
         before = stage
@@ -150,10 +153,10 @@ def _multiply(
         if residual_ptr is not None:  # asked for here, so that it arrives while the sums are made
             cols = column + gl.arange(0, CHUNK_N, gl.SliceLayout(0, CHUNK))
             ptrs = residual_ptr + rows.to(gl.int64)[:, None] * stride_r_m + cols[None, :]
-            residual = residual_chunks(ptrs, rows < M, cols, N, BLOCK_N // CHUNK_N, CHUNK_N)
-        for _ in range(1, num_k):
+            residual = residual_chunks(ptrs, mask_m, cols, N, BLOCK_N // CHUNK_N, CHUNK_N)
+        for _ in range(begin + 1, stop):
             mbarrier.wait(ring.full.index(stage), phase)
-            x = ring.x.index(stage * ring.CONSUMERS + WHICH)
+            x = ring.x.index(stage * CONSUMERS + WHICH)
             acc = warpgroup_mma(x, ring.weight.index(stage).permute((1, 0)), acc, is_async=True)
             # all but this one are done: their buffer is free again
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
@@ -162,7 +165,13 @@ def _multiply(
             stage, phase = _next(stage, phase, ring.STAGES)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(ring.empty.index(before), count=1)
-        finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+        if SIDE == 0:  # noqa: SIM114  likewise
+            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+        elif stop == num_k:
+            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+        else:
+            place = gl.program_id(0) * CONSUMERS + WHICH
+            pass_on(acc, sums_ptr + place * (ROWS * WIDTH), is_there_ptr + place)
     tma.store_wait(0)
 
 
@@ -174,6 +183,8 @@ def _tall_matmul_kernel(
     bias_ptr,
     residual_ptr,
     rstd_ptr,
+    sums_ptr,
+    is_there_ptr,
     M,
     N,
     K,
@@ -183,11 +194,13 @@ def _tall_matmul_kernel(
     STAGES: gl.constexpr,
     OUT_BUFFERS: gl.constexpr,
     GROUP_M: gl.constexpr,
+    SIDE: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One program computes [CONSUMERS * ROWS, BLOCK_N] tiles of out, num_programs apart. GATED:
-    weight holds N gate rows and then N up rows. The descriptors' blocks are what one copy moves:
-    [ROWS, BLOCK_K], [BLOCK_N, BLOCK_K] and [ROWS, CHUNK_N]."""
+    """One program computes [CONSUMERS * ROWS, BLOCK_N] tiles of out, as `tall_deal` deals them out:
+    whole ones where SIDE is 0, else parts, over scratch for sums. GATED: weight holds N gate rows
+    and then N up rows. The descriptors' blocks are what one copy moves: [ROWS, BLOCK_K],
+    [BLOCK_N, BLOCK_K] and [ROWS, CHUNK_N]."""
     dtype: gl.constexpr = x_desc.dtype
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -212,21 +225,21 @@ def _tall_matmul_kernel(
         gl.warp_specialize([
             (_multiply, (
                 ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
-                M, N, K, stride_r_m, 0, GATED, GROUP_M, PDL,
+                sums_ptr, is_there_ptr, M, N, K, stride_r_m, 0, GATED, GROUP_M, SIDE, PDL,
             )),
-            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, PDL)),
+            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, SIDE, PDL)),
         ], [1], [24])
     else:
         other_bufs = gl.allocate_shared_memory(dtype, out_shape, out_desc.layout)
         gl.warp_specialize([
             (_multiply, (
                 ring, out_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
-                M, N, K, stride_r_m, 0, GATED, GROUP_M, PDL,
+                sums_ptr, is_there_ptr, M, N, K, stride_r_m, 0, GATED, GROUP_M, SIDE, PDL,
             )),
             (_multiply, (
                 ring, other_bufs, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, rstd_ptr,
-                M, N, K, stride_r_m, 1, GATED, GROUP_M, PDL,
+                sums_ptr, is_there_ptr, M, N, K, stride_r_m, 1, GATED, GROUP_M, SIDE, PDL,
             )),
-            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, PDL)),
+            (_load, (ring, x_desc, weight_desc, M, N, K, GROUP_M, SIDE, PDL)),
         ], [4, 1], [240, 24])
     # fmt: on

@@ -44,6 +44,10 @@ class StageBuffers:
     act: Tensor  # [T, I]
     logits: Tensor  # [B, V]
     workspace: Any  # scratch of decode attention, None where it needs none
+    # scratch of products, which may run beside each other; None where they need none
+    qkv_workspace: Any
+    o_workspace: Any
+    mlp_workspace: Any
     sample_workspace: Any  # scratch of sampling, None where it needs none
 
     def first(self, num_tokens: int, num_rows: int) -> "StageBuffers":
@@ -53,7 +57,8 @@ class StageBuffers:
     def micro_batch(self, rows: slice) -> "StageBuffers":
         """The same buffers, cut to some of the rows of a step with one token a row.
 
-        Micro-batches of other rows share none of it but the scratch of attention and sampling.
+        Micro-batches of other rows share none of it but the scratch of attention, of each product
+        and of sampling.
         """
         return self._cut(rows, rows)
 
@@ -103,6 +108,9 @@ class Decoder:
             act=empty(max_tokens, c.intermediate_size),
             logits=empty(max_rows, c.vocab_size),
             workspace=workspace,
+            qkv_workspace=self.ops.matmul_workspace(embedding.device),
+            o_workspace=self.ops.matmul_workspace(embedding.device),
+            mlp_workspace=self.ops.matmul_workspace(embedding.device),
             sample_workspace=self.ops.sample_workspace(max_rows, c.vocab_size, embedding.device),
         )
 
@@ -129,7 +137,7 @@ class Decoder:
             rms_eps=self.config.rms_norm_eps,
             rstd=buffers.rstd,
             out=buffers.qkv,
-            **_grid(num_sms),
+            **_given(num_sms=num_sms, workspace=buffers.qkv_workspace),
         )
 
     def attend(
@@ -164,7 +172,7 @@ class Decoder:
                 self.scale,
                 workspace=buffers.workspace,
                 out=buffers.attention,
-                **_grid(num_sms),
+                **_given(num_sms=num_sms),
             )
         else:
             self.ops.prefill_attention(
@@ -187,7 +195,8 @@ class Decoder:
         """buffers.hidden += the output projection of buffers.attention."""
         w, attention = self.weights.layers[layer], buffers.attention.flatten(1)
         hidden = buffers.hidden
-        self.ops.linear(attention, w.o, w.o_bias, hidden, out=hidden, **_grid(num_sms))
+        options = _given(num_sms=num_sms, workspace=buffers.o_workspace)
+        self.ops.linear(attention, w.o, w.o_bias, hidden, out=hidden, **options)
 
     def mlp(self, layer: int, buffers: StageBuffers, *, num_sms: int | None = None) -> None:
         """buffers.hidden += the MLP of it, the post-attention norm included."""
@@ -200,7 +209,7 @@ class Decoder:
             rstd=buffers.rstd,
             act=buffers.act,
             out=buffers.hidden,
-            **_grid(num_sms),
+            **_given(num_sms=num_sms, workspace=buffers.mlp_workspace),
         )
 
     def layers(
@@ -223,6 +232,6 @@ class Decoder:
         return self.ops.linear(normed, self.weights.lm_head, out=buffers.logits)
 
 
-def _grid(num_sms: int | None) -> dict[str, int]:
-    """The launchers' argument for a partition; the references, which have no grid, know none."""
-    return {} if num_sms is None else {"num_sms": num_sms}
+def _given(**options: Any) -> dict[str, Any]:
+    """Those of the launchers' own arguments that are there; the references know none of them."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels import dependent_launch, hopper, tall_matmul
+from kernels import dependent_launch, hopper, tall_matmul, tall_plan
 from kernels.thin_matmul import launch_thin_matmul
 from kernels.tiles import read_tiles
 
@@ -148,15 +148,29 @@ def launch_prefill(m: Model, T: int, dtype: torch.dtype) -> None:
 
 
 def launch_tall(m: Model, T: int, dtype: torch.dtype) -> None:
-    """Every tile that `tall_matmul` may choose, not only those that the shapes above lead to."""
+    """Every tile that `tall_matmul` may choose, whole and shared, whatever the shapes lead to."""
     x, weight = torch.empty(T, m.hidden, dtype=dtype), torch.empty(T, m.hidden, dtype=dtype)
     out, bias = torch.empty(T, T, dtype=dtype), torch.empty(T, dtype=dtype)
-    for tile, _ in tall_matmul.PLAIN_TILES:
+    for tile, _ in tall_plan.PLAIN_TILES:
         kernels.linear(x, weight, tile=tile)
         kernels.linear(x, weight, bias, out, 1e-6, out=out, tile=tile)
-    for tile, _ in tall_matmul.GATED_TILES:
+    for tile, _ in tall_plan.GATED_TILES:
         kernels.gate_up(x, weight, tile=tile)
         kernels.gate_up(x, weight, 1e-6, tile=tile)
+    scratch = kernels.MatmulWorkspace(torch.empty(NUM_SMS, 1), ints(NUM_SMS, 2))
+    for side in range(1, tall_plan.MAX_SIDE + 1):
+        with sharing(tall_plan.PLAIN_TILES[0][0], side):
+            kernels.linear(x, weight, bias, rms_eps=1e-6, workspace=scratch)
+            kernels.linear(x, weight, bias, out, out=out, workspace=scratch)
+            kernels.linear(x, weight, None, out, 1e-6, out=out, workspace=scratch)
+        with sharing(tall_plan.GATED_TILES[0][0], side):
+            kernels.gate_up(x, weight, 1e-6, workspace=scratch)
+
+
+def sharing(tile: kernels.Tile, side: int) -> AbstractContextManager[object]:
+    """Within, programs share tiles, whatever the shape."""
+    plan = tall_plan.Plan(tile, side)
+    return patch.object(tall_matmul, "choose_plan", lambda *shape, **options: plan)
 
 
 def launch_squeezed(m: Model, T: int, dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ OPS = [
     "copy_blocks",
     "sample",
     "decode_workspace",
+    "matmul_workspace",
     "sample_workspace",
 ]
 LAUNCH_ONLY = {"out", "tile", "num_sms", "workspace"}

@@ -1,5 +1,7 @@
 """Many tokens on Hopper: which tile a product takes, and what its warps make of it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,16 +10,18 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 import kernels
-from kernels import Tile, reference, tall_matmul
+from kernels import MatmulWorkspace, Tile, matmul_workspace, reference, tall_deal, tall_matmul
 from kernels.hopper import has_wgmma
-from kernels.tall_matmul import (
+from kernels.tall_matmul import has_form, launch_tall_matmul
+from kernels.tall_plan import (
     FLAT_GATED_TILE,
     FLAT_PLAIN_TILE,
     GATED_TILES,
+    MAX_SIDE,
+    MAX_STAGES,
     PLAIN_TILES,
-    choose_tile,
-    has_form,
-    launch_tall_matmul,
+    Plan,
+    choose_plan,
 )
 from kernels.tile import cdiv
 from tests.strategies import DEVICE, assert_close, assert_same_bits, randn
@@ -46,7 +50,7 @@ def on_hopper(test):
 @pytest.mark.parametrize("tile, gated", CHOICES)
 def test_tiles_of_the_tables_have_a_form_and_a_ring_that_overlaps(tile, gated):
     assert has_form(tile, gated=gated)
-    assert 4 <= tile.num_stages <= tall_matmul.MAX_STAGES
+    assert 4 <= tile.num_stages <= MAX_STAGES
 
 
 @given(
@@ -60,7 +64,85 @@ def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, num_sms, gate
         tile: cdiv(cdiv(T, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), num_sms) * time
         for tile, time in (GATED_TILES if gated else PLAIN_TILES)
     }
-    assert costs[choose_tile(T, N, num_sms, gated=gated)] == min(costs.values())
+    plan = choose_plan(T, N, 4096, num_sms, gated=gated, may_share=False)
+    assert plan.side == 0 and costs[plan.tile] == min(costs.values())
+
+
+@pytest.mark.parametrize(
+    "shape, num_sms, side",
+    [
+        ((512, 12288, 4096), 84, 4),  # 384 tiles: 4.57 each, or 5 rounds
+        ((512, 12288, 4096), 76, 4),
+        ((512, 12288, 4096), 96, 0),  # 4 rounds, and nothing left over
+        ((512, 12288, 4096), 132, 0),
+        ((300, 12288, 4096), 68, 3),
+        ((4096, 12288, 4096), 84, 0),
+        ((64, 12288, 4096), 84, 0),
+    ],
+)
+def test_tiles_are_shared_where_the_last_round_would_be_far_from_full(shape, num_sms, side):
+    plan = choose_plan(*shape, num_sms, gated=True, may_share=True)
+    assert plan.side == side
+    if side:
+        assert plan.num_programs(384, num_sms) == num_sms // side * side
+
+
+class Grid:
+    """What `tall_deal` takes of Gluon, for one program of a grid."""
+
+    maximum, minimum, cdiv = max, min, staticmethod(cdiv)
+
+    def __init__(self, program: int, num_programs: int) -> None:
+        self.program, self.num = program, num_programs
+
+    def program_id(self, axis: int) -> int:
+        return self.program
+
+    def num_programs(self, axis: int) -> int:
+        return self.num
+
+
+@given(
+    num_m=st.integers(1, 16),
+    num_n=st.integers(1, 40),
+    num_k=st.integers(1, 12),
+    side=st.integers(1, MAX_SIDE),
+    groups=st.integers(1, 40),
+)
+def test_shared_tiles_are_dealt_out_whole_and_each_piece_to_the_next_group(
+    num_m, num_n, num_k, side, groups
+):
+    heights = cdiv(num_m, side)
+    groups = min(groups, heights * num_n)  # a tile for each, as `choose_plan` asks
+    M, N, BLOCK_M, BLOCK_N = num_m * 128, num_n * 64 - 3, 128, 64
+    pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for program in range(groups * side):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tall_deal, "gl", Grid(program, groups * side))
+            num, start, end = tall_deal.dealt.fn(M, N, num_k, BLOCK_M, BLOCK_N, side)
+            shape = (start, end, M, N, num_k, BLOCK_M, BLOCK_N, 8, side)
+            items = [tall_deal.item.fn(i, *shape) for i in range(num)]
+        assert num >= 1
+        for i, (row, column, begin, stop) in enumerate(items):
+            assert 0 <= begin < stop <= num_k
+            assert stop == num_k or i == 0  # what is passed on is there early
+            assert begin == 0 or i == num - 1  # what is taken over is asked for late
+            pieces.setdefault((row, column), []).append((begin, stop, program))
+    corners = [(m * BLOCK_M, n * BLOCK_N) for m in range(heights * side) for n in range(num_n)]
+    assert sorted(pieces) == corners
+    for found in pieces.values():
+        found.sort()
+        assert found[0][0] == 0 and found[-1][1] == num_k
+        for (_, stop, giver), (begin, _, taker) in pairwise(found):
+            assert begin == stop and taker == giver + side
+
+
+def test_a_workspace_of_fewer_sms_is_an_error():
+    x = torch.zeros(128, 64, dtype=torch.float16)
+    workspace = MatmulWorkspace(torch.empty(3, 1), torch.zeros(3, 2, dtype=torch.int32))
+    options = {"gated": False, "tile": None, "num_sms": 4, "workspace": workspace}
+    with pytest.raises(ValueError, match="workspace must be for 4 SMs or more, got 3"):
+        launch_tall_matmul(x, x, None, None, None, x, **options)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +179,8 @@ def test_without_hopper_nothing_is_taken():
 
 
 def launch(
-    T: int, N: int, K: int, extras: str, tile: Tile, *, gated: bool, dtype: torch.dtype,
-    num_sms: int | None = None,
+    T: int, N: int, K: int, extras: str, tile: Tile | None, *, gated: bool, dtype: torch.dtype,
+    num_sms: int | None = None, workspace: MatmulWorkspace | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out amid NaN, what it is to be, the scale of its sums). extras: norm, bias, residual."""
     rows = 2 * N if gated else N
@@ -121,7 +203,7 @@ def launch(
     launch_tall_matmul(
         x, weight, bias, out if residual is not None else None,
         kernels.row_rstd(x, EPS) if rms_eps else None, out,
-        gated=gated, tile=tile, num_sms=num_sms,
+        gated=gated, tile=tile, num_sms=num_sms, workspace=workspace,
     )  # fmt: skip
     assert held[T:].isnan().all() and held[:, N:].isnan().all()  # nothing past the end
     return out, expected, scale
@@ -153,6 +235,31 @@ def test_every_partition_gives_the_same_bits(tile, gated):
 
 
 @on_hopper
+@pytest.mark.parametrize(
+    "extras, gated", [("norm", True), ("norm bias", False), ("bias residual", False)]
+)
+@pytest.mark.parametrize("T", [65, 200, 300, 512, 1024])
+def test_shared_tiles_have_the_bits_of_whole_ones(T, extras, gated, monkeypatch):
+    """On any number of SMs, in scratch that held something else; sums cross groups and K ends
+    within a step."""
+    largest = (GATED_TILES if gated else PLAIN_TILES)[0][0]
+    side = min(cdiv(T, largest.BLOCK_M), MAX_SIDE)
+    workspace = matmul_workspace(device)
+    shape, dtype = (T, 21 * largest.BLOCK_N + 24, 1288), torch.bfloat16
+    whole, expected, scale = launch(*shape, extras, largest, gated=gated, dtype=dtype)
+    assert_close(whole, expected, scale=scale)
+    for num_sms in (side, 3 * side + 1, 32, 50, 84):
+        plan = Plan(largest, side)
+        monkeypatch.setattr(tall_matmul, "choose_plan", lambda *s, plan=plan, **o: plan)
+        for _ in range(3):
+            workspace.sums.fill_(float("nan"))
+            options = {"gated": gated, "dtype": dtype, "workspace": workspace}
+            out, _, _ = launch(*shape, extras, None, num_sms=num_sms, **options)
+            assert_same_bits(out, whole)
+            assert not workspace.is_there.any()
+
+
+@on_hopper
 def test_a_ring_too_deep_is_out_of_resources():
     deep = Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=5)
     with pytest.raises(OutOfResources):
@@ -160,9 +267,11 @@ def test_a_ring_too_deep_is_out_of_resources():
 
 
 @on_hopper
-@pytest.mark.parametrize("num_tokens", [100, 256, 1000])
-def test_dependent_launches_in_a_graph_give_the_same_bits(num_tokens):
+@pytest.mark.parametrize("num_sms", [None, 52])
+@pytest.mark.parametrize("num_tokens", [100, 256, 512, 1000])
+def test_dependent_launches_in_a_graph_give_the_same_bits(num_tokens, num_sms):
     """Each kernel starts while the one before it still writes what it reads, x in place."""
+    options = {"num_sms": num_sms, "workspace": matmul_workspace(device)}
     shapes = ((num_tokens, 1024), (6144, 1024), (1024, 3072))
     start, gate_up, down = randn(0, *shapes, dtype=torch.bfloat16)
     gate_up, down = gate_up * 1024**-0.5, down * 3072**-0.5
@@ -171,7 +280,7 @@ def test_dependent_launches_in_a_graph_give_the_same_bits(num_tokens):
 
     def layers(after_each):
         for _ in range(6):
-            kernels.mlp(x, gate_up, down, EPS, rstd=rstd, act=act, out=x)
+            kernels.mlp(x, gate_up, down, EPS, rstd=rstd, act=act, out=x, **options)
             after_each()
 
     x.copy_(start)

@@ -1,0 +1,105 @@
+"""How `tall_matmul` divides a product among SMs: which tile, and whether programs share some.
+
+How large a tile is decides how often weights are read again and how evenly the tiles divide among
+the SMs: `choose_plan` weighs the two. Where tiles do not divide, `tall_deal` can cut some.
+"""
+
+from dataclasses import dataclass
+
+from kernels.tile import Tile, cdiv
+
+TALL_BLOCK_M = 64  # rows of a tile from which wgmma takes it
+BLOCK_K = 64  # elements: 128 bytes, a row of the widest swizzle
+CHUNK_SIZE = 4096  # elements of out that a consumer stores at a time
+OUT_BUFFERS = 2  # chunks of one consumer on their way
+MAX_STAGES = 8  # deeper rings were not tried
+SHARED_BYTES = 226 * 1024  # of the 227 KiB on Hopper: barriers and the warps' hand-over take some
+MAX_SIDE = 4  # tiles down the rows whose programs stand side by side
+MAX_ROUNDS = 4  # such rows of tiles: of more, whole tiles divide well enough
+TIMED_DEPTH = 4096  # K, for which the tiles' times are
+# what it costs to share tiles, in times of the largest: sums are passed on through a memory that
+# all SMs keep busy, and programs at other steps share less of x. 12 to 20 us on an H100
+SHARING = 0.35
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tile, and how `tall_deal` deals tiles out; side 0: whole ones."""
+
+    tile: Tile
+    side: int = 0
+
+    def num_programs(self, num_tiles: int, num_sms: int) -> int:
+        """Programs to launch on so many SMs."""
+        return num_sms // self.side * self.side if self.side else min(num_tiles, num_sms)
+
+
+def ring_tile(consumers: int, rows: int, block_n: int, *, gated: bool) -> Tile:
+    """A tile of `rows` rows for each consumer, four warps, with the deepest ring that fits."""
+    block_m = consumers * rows
+    stage_bytes = (block_m + ring_width(block_n, gated)) * BLOCK_K * 2
+    left = SHARED_BYTES - consumers * OUT_BUFFERS * CHUNK_SIZE * 2
+    return Tile(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=BLOCK_K,
+        num_warps=4 * consumers,
+        num_stages=min(left // stage_bytes, MAX_STAGES),
+    )
+
+
+def ring_width(block_n: int, gated: bool) -> int:
+    """Rows of the weight behind so many columns of out."""
+    return 2 * block_n if gated else block_n
+
+
+# with the time that an SM takes for one, as a share of the largest's: read off runs on an H100 in
+# which the tiles divide evenly, and small ones come off badly because they read x and weights often
+PLAIN_TILES = (
+    (ring_tile(2, 64, 256, gated=False), 1.0),
+    (ring_tile(2, 128, 128, gated=False), 1.01),
+    (ring_tile(2, 64, 128, gated=False), 0.52),
+    (ring_tile(1, 64, 128, gated=False), 0.42),
+    (ring_tile(1, 64, 64, gated=False), 0.36),
+)
+GATED_TILES = (
+    (ring_tile(2, 64, 128, gated=True), 1.0),
+    (ring_tile(2, 128, 64, gated=True), 1.01),
+    (ring_tile(2, 64, 64, gated=True), 0.61),
+    (ring_tile(1, 64, 64, gated=True), 0.33),
+)
+# where all tokens fit one row of tiles, it is the weights' bytes that take the time
+FLAT_PLAIN_TILE = ring_tile(1, TALL_BLOCK_M, 64, gated=False)
+FLAT_GATED_TILE = ring_tile(1, TALL_BLOCK_M, 32, gated=True)
+
+
+def choose_plan(
+    num_tokens: int, width: int, depth: int, num_sms: int, *, gated: bool, may_share: bool
+) -> Plan:
+    """For [num_tokens, depth] x [depth, width] on so many SMs: that whose fullest SM is through
+    first."""
+    if num_tokens <= TALL_BLOCK_M:
+        return Plan(FLAT_GATED_TILE if gated else FLAT_PLAIN_TILE)
+    tiles = GATED_TILES if gated else PLAIN_TILES
+    costs = {
+        Plan(tile): cdiv(_num_tiles(num_tokens, width, tile), num_sms) * time * depth / TIMED_DEPTH
+        for tile, time in tiles
+    }
+    largest, time = tiles[0]
+    side = _side(cdiv(num_tokens, largest.BLOCK_M))
+    if may_share and 0 < side <= num_sms:
+        columns = _num_tiles(num_tokens, width, largest) / side / (num_sms // side)
+        if columns >= 1:  # a sum is made in order: cut in more pieces, none would be through sooner
+            costs[Plan(largest, side)] = columns * time * depth / TIMED_DEPTH + SHARING
+    return min(costs, key=costs.__getitem__)
+
+
+def _num_tiles(num_tokens: int, width: int, tile: Tile) -> int:
+    return cdiv(num_tokens, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N)
+
+
+def _side(num_m: int) -> int:
+    """Programs side by side for so many tiles down the rows; 0 where they do not divide well."""
+    if num_m <= MAX_SIDE:
+        return num_m
+    return MAX_SIDE if num_m % MAX_SIDE == 0 and num_m <= MAX_ROUNDS * MAX_SIDE else 0
