@@ -175,18 +175,21 @@ def copy_by_engine(
     dim 0, by the copy engines in one batched call. RuntimeError where CUDA refuses it."""
     from cuda.bindings import runtime
 
-    def addresses(pool: Tensor, blocks: Sequence[int]) -> list[int]:
-        stride = pool.stride(0) * pool.element_size()
-        return (pool.data_ptr() + np.asarray(blocks, dtype=np.int64) * stride).tolist()
-
-    num_copies, num_bytes = len(source_blocks), source[0].numel() * source.element_size()
+    num_bytes = source[0].numel() * source.element_size()
+    strides = [pool.stride(0) * pool.element_size() for pool in (source, target)]
+    starts, lengths = runs(source_blocks, target_blocks, joined=set(strides) == {num_bytes})
+    from_ptrs, to_ptrs = (
+        (pool.data_ptr() + blocks * stride).tolist()
+        for pool, blocks, stride in zip((source, target), starts, strides, strict=True)
+    )
+    num_copies = len(lengths)
     attributes = runtime.cudaMemcpyAttributes()
     attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
     attributes.flags = runtime.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute
     (error,) = runtime.cudaMemcpyBatchAsync(
-        addresses(target, target_blocks),
-        addresses(source, source_blocks),
-        [num_bytes] * num_copies,
+        to_ptrs,
+        from_ptrs,
+        (lengths * num_bytes).tolist(),
         num_copies,
         [attributes],
         [0],
@@ -195,6 +198,20 @@ def copy_by_engine(
     )
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"cudaMemcpyBatchAsync of {num_copies} blocks failed: {error.name}")
+
+
+def runs(
+    source_blocks: Sequence[int], target_blocks: Sequence[int], *, joined: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(first blocks of source and target [2, n], lengths [n]) of what one copy each can take: where
+    blocks are joined, runs that rise by one on both sides. The host takes some 6 us for a copy."""
+    blocks = np.asarray([source_blocks, target_blocks], dtype=np.int64)
+    num = blocks.shape[1]
+    begins = np.ones(num, dtype=bool)
+    if joined:
+        begins[1:] = (np.diff(blocks) != 1).any(axis=0)
+    first = np.flatnonzero(begins)
+    return blocks[:, first], np.diff(first, append=num)
 
 
 def has_peer_access(source: torch.device, target: torch.device) -> bool:

@@ -7,14 +7,14 @@
 A cell is batch x context, all requests of one length; weights and KV blocks are random. --map takes
 all of the regime map, those first that have the most to win by arithmetic; a cell for which time or
 memory does not suffice is left out, and said to be. Those in the CSV already, of this GPU and
-commit, are not measured again: a map can be made in several runs. Each mode
-is one CUDA graph, timed over replays: `serial`, the whole batch in one piece; `in order`, the cut
-of the pipeline on one stream; `plain`, two streams that share all SMs, their kernels' grids whole
-or, as `plain 40:92`, as large as the split; and each split. Tokens and logits of a mode are
-compared with those of `in order`, to the bit. Times of few layers stand for a model's once what a
-step does around its layers (ends_ms: embedding, LM head, sampling) is taken off. --energy replays
-each mode for a second and more, and notes the joules of a step: at its power limit a GPU lowers its
-clocks, and two stages at a time take more power than one. A row for each mode of each cell goes to
+commit, are not measured again: a map can be made in several runs. Each mode is one CUDA graph,
+timed over replays: `serial`, the whole batch in one piece; `in order`, the cut of the pipeline on
+one stream; `plain`, two streams that share all SMs, their kernels' grids whole or, as `plain 40:92`
+(not with --map), as large as the split; and each split. Tokens and logits of a mode are compared
+with those of `in order`, to the bit. Times of few layers stand for a model's once what a step does
+around its layers (ends_ms: embedding, LM head, sampling) is taken off. --energy replays each mode
+for a second and more, and notes the joules of a step: at its power limit a GPU lowers its clocks,
+and two stages at a time take more power than one. A row for each mode of each cell goes to
 experiments/results/pipeline.csv.
 """
 
@@ -305,7 +305,8 @@ def _streams(
         return
     yield stack.enter_context(GpuStreams.plain(device))
     for split in args.splits:
-        yield stack.enter_context(GpuStreams.plain(device, split))
+        if not args.map:
+            yield stack.enter_context(GpuStreams.plain(device, split))
         try:
             yield stack.enter_context(GpuStreams.partitioned(split, device))
         except (GreenContextError, ValueError) as error:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import kernels
 from engine import staging
-from engine.handoff import KVLink, has_peer_access
+from engine.handoff import KVLink, has_peer_access, runs
 from engine.kv_cache import KVCache
 from kernels import reference
 from models.config import ModelConfig
@@ -189,3 +189,22 @@ def test_blocks_arrive_on_the_other_gpu(config, way):
     copy = link.start(there, to)
     copy.wait()
     assert_same_bits(target.blocks[to].cpu(), source.blocks[there].cpu())
+
+
+@given(st.data())
+def test_runs_take_every_block_once_and_rise_on_both_sides(data):
+    num = data.draw(st.integers(1, 12))
+    source, target = (data.draw(st.permutations(range(14)))[:num] for _ in range(2))
+    if data.draw(st.booleans()):  # else runs would be few
+        source, target = sorted(source), sorted(target)
+    starts, lengths = runs(source, target, joined=True)
+    taken = [
+        (a + i, b + i) for a, b, n in zip(*starts.tolist(), lengths.tolist(), strict=True)
+        for i in range(n)
+    ]  # fmt: skip
+    assert taken == list(zip(source, target, strict=True))
+    ends = [(a + n, b + n) for a, b, n in zip(*starts.tolist(), lengths.tolist(), strict=True)]
+    begins = list(zip(*starts.tolist(), strict=True))
+    assert not any(end == begin for end, begin in zip(ends, begins[1:], strict=False))
+    apart, ones = runs(source, target, joined=False)
+    assert apart.tolist() == [source, target] and ones.tolist() == [1] * num
