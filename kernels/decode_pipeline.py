@@ -17,6 +17,7 @@ from kernels.hopper import (
     block_rows,
     gdc_launch_dependents,
     gdc_wait,
+    is_up_to,
     reinterpret,
     thread_barrier,
     tma_load,
@@ -120,16 +121,15 @@ def _attend_run(
     end = gl.minimum(end_split * split_len, context_len)
     num_steps = gl.maximum((end - start + BLOCK_N - 1) // BLOCK_N, 0)
     first_block = start // ring.BLOCK_SIZE
-    num_blocks = (end + ring.BLOCK_SIZE - 1) // ring.BLOCK_SIZE
+    table_ptr += first_block
+    num_left = gl.cdiv(end, ring.BLOCK_SIZE) - first_block  # blocks, from there on
     for i in range(gl.minimum(num_steps, STAGES - 1)):
-        rows = block_rows(
-            table_ptr, first_block + i * COUNT, num_blocks, rows_per_block, past, COUNT
-        )
+        rows = block_rows(table_ptr + i * COUNT, num_left - i * COUNT, rows_per_block, past, COUNT)
         _load_step(ring, kv_desc, (step_count + i) % STAGES, rows, rows_to_v, column)
     # ids of the step after are loaded one step ahead: they would delay its k and v
-    ahead = block_rows(
-        table_ptr, first_block + (STAGES - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
-    )
+    table_ptr += (STAGES - 1) * COUNT
+    num_left -= (STAGES - 1) * COUNT
+    ahead = block_rows(table_ptr, num_left, rows_per_block, past, COUNT)
     offs_g = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
     offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, MMA))
@@ -140,9 +140,9 @@ def _attend_run(
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
     acc = gl.zeros([ROWS, D], gl.float32, MMA)
     for i in range(num_steps):
-        later = block_rows(
-            table_ptr, first_block + (i + STAGES) * COUNT, num_blocks, rows_per_block, past, COUNT
-        )
+        table_ptr += COUNT
+        num_left -= COUNT
+        later = block_rows(table_ptr, num_left, rows_per_block, past, COUNT)
         # the buffer of the step before, which every lane has read
         thread_barrier()
         if i + STAGES - 1 < num_steps:
@@ -154,7 +154,7 @@ def _attend_run(
         k = k_tiles.index(stage).permute((1, 0)).load(gl.DotOperandLayout(1, MMA, 2))
         scores = mma_v2(q, k, gl.zeros([ROWS, BLOCK_N], gl.float32, MMA))
         if n + BLOCK_N > end:
-            scores = gl.where((n + offs_n < end)[None, :], scores, float("-inf"))
+            scores = gl.where(is_up_to(offs_n, end - n - 1)[None, :], scores, float("-inf"))
             _clear_unwritten(ring, stage, end - n)
         new_top = gl.maximum(top, gl.max(scores, axis=1) * scale_log2)
         probs = gl.exp2(scores * scale_log2 - new_top[:, None])

@@ -36,15 +36,25 @@ def reinterpret(buffers, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def block_rows(table_ptr, block, num_blocks, rows_per_block, past, COUNT: gl.constexpr):
-    """First rows in the pool of COUNT blocks; past, which reads as zeros, where there are none."""
-    is_there = block < num_blocks
-    row = gl.load(table_ptr + block, mask=is_there, other=0) * rows_per_block
+def is_up_to(columns, last):
+    """columns <= last, of the columns of a matrix product. Bits 1 and 2, which tell lanes apart, go
+    to the other side: what stays is a constant of each register, where whole columns would take
+    registers of their own, through all loops."""
+    return (columns & ~6) <= last - (columns & 6)
+
+
+@gluon.jit
+def block_rows(table_ptr, num_left, rows_per_block, past, COUNT: gl.constexpr):
+    """First rows in the pool of COUNT blocks from table_ptr on, of which num_left are there; past,
+    which reads as zeros, for the others. Loops move the pointer: an index beside it would be
+    widened to 64 bits and take registers that they have not."""
+    is_there = num_left > 0
+    row = gl.load(table_ptr, mask=is_there, other=0) * rows_per_block
     row = gl.where(is_there, row, past)
     if COUNT == 1:
         return (row,)
     else:
-        rest = block_rows(table_ptr, block + 1, num_blocks, rows_per_block, past, COUNT - 1)
+        rest = block_rows(table_ptr + 1, num_left - 1, rows_per_block, past, COUNT - 1)
         return (row,) + rest  # noqa: RUF005  Triton knows no star in a tuple
 
 

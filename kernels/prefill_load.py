@@ -72,10 +72,11 @@ def load(
     for turn in range(turns):
         item, level = deal(batch, turn, level, 1)
         if item.num_steps > 0:
+            # of the step in hand: its blocks in the table, and how many are left from there on
             table_ptr = block_table_ptr + item.request.to(gl.int64) * stride_table_b
-            num_blocks = gl.cdiv(item.context_len, BLOCK_SIZE)
+            num_left = gl.cdiv(item.context_len, BLOCK_SIZE)
             column = item.head // group * D
-            ahead = block_rows(table_ptr, step * 0, num_blocks, rows_per_block, past, COUNT)
+            ahead = block_rows(table_ptr, num_left, rows_per_block, past, COUNT)
             mbarrier.wait(rings.q_bars.index(1), (taken & 1) ^ 1)
             mbarrier.expect(rings.q_bars.index(0), batch.BLOCK_M * D * 2)
             for c in gl.static_range(CONSUMERS):
@@ -85,28 +86,26 @@ def load(
             stage = step % STAGES
             mbarrier.wait(rings.k_empty.index(stage), (step // STAGES & 1) ^ 1)
             _load_step(kv_desc, rings.k, rings.k_full.index(stage), stage, ahead, 0, column, D)
-            ahead = block_rows(table_ptr, step * 0 + COUNT, num_blocks, rows_per_block, past, COUNT)
-            for i in range(1, item.num_steps):
+            ahead = block_rows(table_ptr + COUNT, num_left - COUNT, rows_per_block, past, COUNT)
+            for _ in range(1, item.num_steps):
                 later = block_rows(
-                    table_ptr, (i + 1) * COUNT, num_blocks, rows_per_block, past, COUNT
+                    table_ptr + 2 * COUNT, num_left - 2 * COUNT, rows_per_block, past, COUNT
                 )
                 next_stage = (step + 1) % STAGES
                 mbarrier.wait(rings.k_empty.index(next_stage), ((step + 1) // STAGES & 1) ^ 1)
                 ready = rings.k_full.index(next_stage)
                 _load_step(kv_desc, rings.k, ready, next_stage, ahead, 0, column, D)
                 # read again: registers are scarce here, and these are in the cache
-                here = block_rows(
-                    table_ptr, (i - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
-                )
+                here = block_rows(table_ptr, num_left, rows_per_block, past, COUNT)
                 mbarrier.wait(rings.v_empty.index(stage), (step // STAGES & 1) ^ 1)
                 ready = rings.v_full.index(stage)
                 _load_step(kv_desc, rings.v, ready, stage, here, rows_to_v, column, D)
                 ahead = later
+                table_ptr += COUNT
+                num_left -= COUNT
                 step += 1
                 stage = next_stage
-            here = block_rows(
-                table_ptr, (item.num_steps - 1) * COUNT, num_blocks, rows_per_block, past, COUNT
-            )
+            here = block_rows(table_ptr, num_left, rows_per_block, past, COUNT)
             mbarrier.wait(rings.v_empty.index(stage), (step // STAGES & 1) ^ 1)
             ready = rings.v_full.index(stage)
             _load_step(kv_desc, rings.v, ready, stage, here, rows_to_v, column, D)

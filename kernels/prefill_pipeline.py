@@ -16,13 +16,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper import PIECE_D, gdc_launch_dependents, gdc_wait, reinterpret, thread_barrier
+from kernels.hopper import (
+    PIECE_D,
+    gdc_launch_dependents,
+    gdc_wait,
+    is_up_to,
+    reinterpret,
+    thread_barrier,
+)
 from kernels.prefill_deal import Batch, deal, num_turns
 from kernels.prefill_load import CONSUMERS, ROWS, Rings, load
 
 # three warp groups have 168 registers a thread, shared out anew once the producer has its own
-PRODUCER_REGISTERS = gl.constexpr(40)
-CONSUMER_REGISTERS = gl.constexpr((3 * 168 - 40) // 2)
+PRODUCER_REGISTERS = gl.constexpr(56)
+CONSUMER_REGISTERS = gl.constexpr((3 * 168 - 56) // 2)
 
 
 @gluon.jit
@@ -53,8 +60,9 @@ def _softmax(
     """Online, in base 2: (probabilities, top, total, what the past fades by)."""
     LAYOUT: gl.constexpr = scores.type.layout
     if MASKED:
-        keys = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
-        scores = gl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+        keys = gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
+        seen = is_up_to(keys[None, :], (positions - start)[:, None])
+        scores = gl.where(seen, scores, float("-inf"))
     new_top = gl.max(scores, axis=1) * scale_log2
     if not FIRST:
         new_top = gl.maximum(top, new_top)
