@@ -164,10 +164,14 @@ class PDCore(BaseCore):
         sleep until something is. See the base."""
         ended: list[Request] = []
         is_busy = self._launch_decode()
-        is_busy |= self._launch_prefill()
         is_busy |= self._hand_over()
-        while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
-            time.sleep(POLL_S)
+        # while there is a launch for prefill to go on with, tokens that have come need not wait for
+        # the host to prepare another
+        if not (self._prefills and self._collect(on_token, ended)):
+            is_busy |= self._launch_prefill()
+            is_busy |= self._hand_over()
+            while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
+                time.sleep(POLL_S)
         if self.is_idle:
             self.drain()
         return ended

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.gpu
 ONE, TWO = ("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WAYS = ["kernel", "copy_engine", "staged"]
-SPIN_CYCLES = 40_000_000  # some 20 ms
+SPIN_CYCLES = 200_000_000  # some 100 ms
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,13 @@ def test_pressure_and_aborts_leave_the_others_right(folder, devices):
     assert_same_or_near_ties([wanted[i] for i in whole], found, tolerance)
 
 
-def spinning(launch):
-    """The launch, behind some 20 ms of nothing on its stream."""
+def spinning(launch, in_flight):
+    """The launch, behind some 100 ms of nothing on its stream; in_flight takes what it returns."""
 
     def replaced(*args):
         torch.cuda._sleep(SPIN_CYCLES)
-        return launch(*args)
+        in_flight.append(launch(*args))
+        return in_flight[-1]
 
     return replaced
 
@@ -151,15 +152,16 @@ def test_a_copy_waits_for_decode_steps_that_may_still_write(folder, devices, mon
         while jobs[old].request.num_generated < 7:  # the next one goes into the third block
             llm.step()
         blocks = set(core.scheduler.decode_table(old))
-        launch = core.decode.launch
+        slow = []
         with monkeypatch.context() as patch:
-            patch.setattr(core.decode, "launch", spinning(launch))
-            llm.step()
+            patch.setattr(core.decode, "launch", spinning(core.decode.launch, slow))
+            while not slow:  # two may have been launched before
+                llm.step()
             llm.abort(old)
             new = llm.add_request(second, greedy(6))
             while jobs[new].request.state is not RequestState.COPYING:
                 llm.step()
-            assert not core._decodes[-1].is_done, "there was nothing to wait for"
+            assert not slow[-1].is_done, "there was nothing to wait for"
             assert blocks & set(core.scheduler.decode_table(new)), "other blocks were granted"
         assert run_all(llm)[new]["token_ids"] == wanted[0]
 
@@ -172,14 +174,14 @@ def test_neither_device_waits_for_the_other(folder, devices, monkeypatch):
         running = llm.add_request(prompts[0], greedy(200))
         while llm._jobs[running].request.num_generated < 3:
             llm.step()
-        launch = core.prefill.launch
-        monkeypatch.setattr(core.prefill, "launch", spinning(launch))
+        slow = []
+        monkeypatch.setattr(core.prefill, "launch", spinning(core.prefill.launch, slow))
         for prompt in prompts[1:]:
             llm.add_request(prompt, greedy(3))
-        llm.step()
-        in_flight = core._prefills[0]
+        while not slow:
+            llm.step()
         before = llm._jobs[running].request.num_generated
-        while not in_flight.is_done:
+        while not slow[0][0].is_done:
             llm.step()
         assert llm._jobs[running].request.num_generated > before + 3
         run_all(llm)
