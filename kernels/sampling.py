@@ -1,9 +1,10 @@
 """Logits to token ids on the device: temperature, top-k, top-p, min-p, a seed for every request.
 
-The vocabulary is cut into pieces by its size alone. The first launch reads every piece for its
-maximum and its mass; the last picks, by one uniform number per row, a piece and then a token of it:
-an inverse CDF, without noise per token. The two launches between them are those of
-`kernels.kept_logits`, and only for rows with limits.
+Two launches, one read of the logits. The vocabulary is cut into pieces by its size alone. The first
+launch reads every piece for its maximum and its mass, and for rows with limits also writes an index
+of it: the largest logit of every group of tokens. The second picks, by one uniform number per row,
+a token: an inverse CDF, without noise per token. What limits keep, it finds through the index, by
+`kernels.candidates` and `kernels.kept_logits`.
 """
 
 from dataclasses import dataclass
@@ -13,178 +14,207 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.candidates import list_candidates
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.kept_logits import (
+from kernels.inverse_cdf import draw_from_list, draw_from_row, uniform
+from kernels.kept_logits import scan_row, threshold_of
+from kernels.logit_weights import (
     INF,
-    _bracket_kernel,
-    _gather_kernel,
-    mass_of_pieces,
+    OCTAVES,
+    below_top,
+    cell_to_float,
+    float_to_cell,
     per_octave,
-    threshold_of,
     weights_of,
     without_nan,
 )
-from kernels.tile import cdiv, device_sms, next_power_of_2, require_shape, require_unit_stride
+from kernels.tile import cdiv, next_power_of_2, require_shape, require_unit_stride
 
-PIECE_V = 4096  # tokens of a piece: 38 programs for one row of Qwen3's vocabulary
-PIECE_WARPS = 4
-SAMPLE_STRIDE = 32  # one token of that many is in the sample of a row with limits
-MAX_CANDIDATES = 1024  # set aside per piece; a row with more of them in one is searched whole
-SCAN_TILE = 4096  # values that the search looks at in one step
-ESTIMATE_STEPS = 16  # bisections of 126 octaves: down to 1/520 of an octave
-GATHER_WARPS = 4
-GATHER_PROGRAMS_PER_SM = 16  # few enough to cost little where no row has limits
+PIECE_V = 8192  # tokens of a piece: 19 programs for one row of Qwen3's vocabulary
+PIECE_WARPS = 8
+GROUP = 64  # tokens whose largest logit and mass are in the index
+MAX_CANDIDATES = 16384  # listed; a row with more of them is searched whole
+WORD = 32  # bits of a word that says which of neighbours are candidates
+LISTED_AT_ONCE = 64  # groups that may hold a candidate, whose logits are read in one step
+WORDS_AT_ONCE = 1024  # words whose bits are listed in one step
+LANES = 1024  # of the list of candidates
+SCAN_TILE = 2048  # logits that the search of a whole row looks at in one step
+DRAW_WARPS = 8
+DRAW_REGISTERS = 128  # of a thread: two rows to an SM
 
 
 @dataclass(frozen=True)
 class SampleWorkspace:
-    """Scratch of `sample`, for one stream at a time. P pieces, S tokens in a row's sample."""
+    """Scratch of `sample`, for one stream at a time. P pieces."""
 
     top: Tensor  # [B, P] fp32, each piece's largest logit
     mass: Tensor  # [B, P] fp32, each piece's mass, relative to its own largest
-    sample: Tensor  # [B, S] fp32, logits
-    bracket: Tensor  # [B, 5] fp32: low, high, largest logit, mass, whether the row has limits
-    found_count: Tensor  # [B, 2, P] int32, logits from high on; those from low to high
-    found_mass: Tensor  # [B, 2, P] fp32, mass from high on and from low on, relative to the largest
-    candidates: Tensor  # [B, P, MAX_CANDIDATES] fp32, logits from low to high
+    group_top: Tensor  # [B, P * PIECE_V / GROUP], room for fp32 but in the dtype of the logits
+    group_mass: Tensor  # [B, P * PIECE_V / GROUP] fp32, relative to the piece's largest logit
+    groups: Tensor  # [B, P * PIECE_V / GROUP] int32, those that hold candidates
+    words: Tensor  # [B, P * PIECE_V / WORD] int32, which tokens of these groups are candidates
+    tokens: Tensor  # [B, MAX_CANDIDATES] int32, the candidates
+    values: Tensor  # [B, MAX_CANDIDATES] fp32, their logits
 
 
 def sample_workspace(max_rows: int, vocab_size: int, device: torch.device | str) -> SampleWorkspace:
     """Scratch for up to `max_rows` rows of logits on `device`."""
     num_pieces = cdiv(vocab_size, PIECE_V)
+    num_groups = num_pieces * (PIECE_V // GROUP)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(max_rows, *shape, dtype=dtype, device=device)
+    def empty(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(max_rows, columns, dtype=dtype, device=device)
 
     return SampleWorkspace(
         top=empty(num_pieces),
         mass=empty(num_pieces),
-        sample=empty(num_pieces * (PIECE_V // SAMPLE_STRIDE)),
-        bracket=empty(5),
-        found_count=empty(2, num_pieces, dtype=torch.int32),
-        found_mass=empty(2, num_pieces),
-        candidates=empty(num_pieces, MAX_CANDIDATES),
+        group_top=empty(num_groups),
+        group_mass=empty(num_groups),
+        groups=empty(num_groups, torch.int32),
+        words=empty(num_pieces * (PIECE_V // WORD), torch.int32),
+        tokens=empty(MAX_CANDIDATES, torch.int32),
+        values=empty(MAX_CANDIDATES),
     )
 
 
 @triton.jit
+def _limits(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, b, V):
+    """(temperature, min_p, (by_k, top_k, by_p, top_p), is_limited, by_mass) of row b: whether there
+    are limits, and whether the mass of all its logits is asked for."""
+    temperature, min_p = tl.load(temperature_ptr + b), tl.load(min_p_ptr + b)
+    top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
+    by_k, by_p = (top_k > 0) & (top_k < V), top_p < 1.0
+    is_limited = (temperature > 0.0) & (by_k | by_p | (min_p > 0.0))
+    # top-k asks for that of the top-k alone, min-p for none
+    by_mass = (temperature > 0.0) & (by_k == 0) & (by_p | (min_p <= 0.0))
+    return temperature, min_p, (by_k, top_k, by_p, top_p), is_limited, by_mass
+
+
+@triton.jit
 def _piece_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    top_ptr,
-    mass_ptr,
-    sample_ptr,
-    V,
-    stride_l_b,
-    PIECE_V: tl.constexpr,
-    SAMPLE_STRIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, top_ptr, mass_ptr, group_top_ptr,
+    group_mass_ptr, V, stride_l_b, PIECE_V: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program reads one piece of one row."""
+    GROUPS: tl.constexpr = PIECE_V // GROUP
     wait_for_inputs(PDL)
     piece, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = b * tl.num_programs(0) + piece
-    row_ptr = logits_ptr + b * stride_l_b
     offs_v = piece * PIECE_V + tl.arange(0, PIECE_V)
-    x = without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))  # [PIECE_V]
-    temperature = tl.load(temperature_ptr + b)
-    top_k, top_p = tl.load(top_k_ptr + b), tl.load(top_p_ptr + b)
-    top = tl.max(x, axis=0)
+    x = tl.load(logits_ptr + b * stride_l_b + offs_v, mask=offs_v < V, other=-INF)
+    x = without_nan(x)  # [PIECE_V]
+    temperature, _, _, is_limited, by_mass = _limits(
+        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, b, V
+    )
+    offs_g = slot * GROUPS + tl.arange(0, GROUPS)
+    group_tops = tl.max(tl.reshape(x, [GROUPS, GROUP]), axis=1)
+    top = tl.max(group_tops, axis=0)
     tl.store(top_ptr + slot, top)
-    if temperature > 0.0:
-        tl.store(mass_ptr + slot, tl.sum(weights_of(x, top, per_octave(temperature)), axis=0))
-        if ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
-            NUM_SAMPLES: tl.constexpr = PIECE_V // SAMPLE_STRIDE
-            offs_s = tl.arange(0, NUM_SAMPLES)
-            # each from another place of its group, or a period in the vocabulary would mislead
-            picked = piece * PIECE_V + offs_s * SAMPLE_STRIDE + offs_s * 11 % SAMPLE_STRIDE
-            sample = tl.load(row_ptr + picked, mask=picked < V, other=-INF)
-            tl.store(sample_ptr + slot * NUM_SAMPLES + offs_s, without_nan(sample))
+    if is_limited:
+        tl.store(group_top_ptr + offs_g, group_tops)
+    if by_mass:
+        weights = weights_of(x, top, per_octave(temperature))
+        if is_limited:
+            masses = tl.sum(tl.reshape(weights, [GROUPS, GROUP]), axis=1)
+            tl.store(group_mass_ptr + offs_g, masses)
+            tl.store(mass_ptr + slot, tl.sum(masses, axis=0))
+        else:
+            tl.store(mass_ptr + slot, tl.sum(weights, axis=0))
 
 
 @triton.jit
-def _uniform(seed, step):
-    """A number in (0, 1) with 52 random bits, fp64."""
-    zero = tl.zeros([1], tl.uint32)
-    high, low, _, _ = tl.philox(seed, zero, zero + step.to(tl.uint32), zero, zero)
-    bits = ((high >> 6).to(tl.int64) << 26) | (low >> 6).to(tl.int64)
-    return tl.sum((bits.to(tl.float64) + 0.5) * 2.220446049250313e-16, axis=0)  # 2 ** -52
+def _mass_of_pieces(tops, top, mass_ptr, scale, NUM_PIECES: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[BLOCK_P] masses relative to the row's largest logit."""
+    offs_p = tl.arange(0, BLOCK_P)
+    mass = tl.load(mass_ptr + offs_p, mask=(offs_p < NUM_PIECES) & (tops > -INF), other=0.0)
+    return mass * weights_of(tops, top, scale)
 
 
 @triton.jit
-def _locate(weights, share, BLOCK: tl.constexpr):
-    """(index, rest): the first at which the running sum passes this share of all, and how far into
-    it that is, as a share. Never one of no weight, unless none has any."""
-    offs = tl.arange(0, BLOCK)
-    weights = weights.to(tl.float64)
-    sums = tl.cumsum(weights, axis=0)
-    wanted = share * tl.sum(weights, axis=0)
-    first = tl.min(tl.where((sums > wanted) & (weights > 0.0), offs, BLOCK), axis=0)
-    # rounding may leave none
-    last = tl.max(tl.where(weights > 0.0, offs, 0), axis=0)
-    index = tl.where(first < BLOCK, first, last)
-    before = tl.sum(tl.where(offs < index, weights, 0.0), axis=0)
-    inside = tl.sum(tl.where(offs == index, weights, 0.0), axis=0)
-    # 24 bits of a piece's mass do; an fp64 division is a call that spills
-    return index, (wanted - before).to(tl.float32) / inside.to(tl.float32)
+def _draw_limited(
+    row_ptr, index, lists, limits, min_p, temperature, top, masses, share, V,
+    NUM_PIECES: tl.constexpr, PIECE_V: tl.constexpr, GROUP: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, WORD: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(token, whether it is one, threshold, masses): a row's token where all that limits keep is
+    listed; where not, the threshold and the masses of the kept by pieces, to draw it by."""
+    by_k, by_p = limits[0], limits[2]
+    token_ptr, value_ptr = lists[2], lists[3]
+    scale, total = per_octave(temperature), tl.sum(masses, axis=0)
+    floor = tl.where(min_p > 0.0, top + tl.log(min_p) * temperature, -INF)
+    bottom = below_top(OCTAVES, top, scale, SHIFT)
+    # the share of top-p is one of all top-k, min-p or not
+    least = tl.maximum(bottom, cell_to_float(float_to_cell(floor, SHIFT), SHIFT))
+    least = tl.where(by_k & by_p, bottom, least)
+    low, count = list_candidates(
+        row_ptr, index, lists, limits, top, total, scale, least, V, NUM_PIECES, PIECE_V, GROUP,
+        MAX_CANDIDATES, SHIFT, WORD, BLOCK_P, BLOCK_L, BLOCK_W, LANES,
+    )  # fmt: skip
+    is_listed = count <= MAX_CANDIDATES
+    low = tl.where(is_listed | by_k, low, least)
+    source = (is_listed, value_ptr, count, row_ptr, V)
+    threshold = threshold_of(
+        source, limits, low, floor, top, total, scale, SHIFT, PIECE_V, BLOCK_P, BLOCK_C, LANES
+    )
+    token = 0
+    if is_listed:
+        BLOCK_I: tl.constexpr = MAX_CANDIDATES // LANES
+        token = draw_from_list(
+            value_ptr, token_ptr, count, share, threshold, top, scale, LANES, BLOCK_I
+        )
+    else:
+        _, masses = scan_row(row_ptr, threshold, top, scale, V, PIECE_V, BLOCK_P, BLOCK_C)
+    return token, is_listed, threshold, masses
 
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seeds_ptr,
-    steps_ptr,
-    top_ptr,
-    mass_ptr,
-    bracket_ptr,
-    found_count_ptr,
-    found_mass_ptr,
-    candidates_ptr,
-    out_ptr,
-    V,
-    stride_l_b,
-    NUM_PIECES: tl.constexpr,
-    PIECE_V: tl.constexpr,
-    MAX_CANDIDATES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, steps_ptr, top_ptr,
+    mass_ptr, group_top_ptr, group_mass_ptr, group_ptr, word_ptr, token_ptr, value_ptr, out_ptr, V,
+    stride_l_b, NUM_PIECES: tl.constexpr, PIECE_V: tl.constexpr, GROUP: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, WORD: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, LANES: tl.constexpr,
     PDL: tl.constexpr,
-):
-    """One program picks one row's token: a piece by the pieces' masses, then a token of it."""
+):  # fmt: skip
+    """One program draws one row's token."""
+    NUM_GROUPS: tl.constexpr = NUM_PIECES * (PIECE_V // GROUP)
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * stride_l_b
-    temperature = tl.load(temperature_ptr + b)
-    scale = per_octave(temperature)
-    top, mass = mass_of_pieces(top_ptr, mass_ptr, b, scale, NUM_PIECES, BLOCK_P)
+    temperature, min_p, limits, is_limited, by_mass = _limits(
+        temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, b, V
+    )
+    is_greedy, scale = temperature <= 0.0, per_octave(temperature)
     offs_p = tl.arange(0, BLOCK_P)
-    threshold, share = -INF, tl.zeros([], tl.float64)
-    if temperature > 0.0:
-        share = _uniform(tl.load(seeds_ptr + b), tl.load(steps_ptr + b))
-        if tl.load(bracket_ptr + b * 5 + 4) > 0.0:
-            threshold, mass = threshold_of(
-                row_ptr, found_count_ptr + b * 2 * NUM_PIECES, found_mass_ptr + b * 2 * NUM_PIECES,
-                candidates_ptr + b * NUM_PIECES * MAX_CANDIDATES, bracket_ptr + b * 5,
-                tl.load(top_k_ptr + b), tl.load(top_p_ptr + b), tl.load(min_p_ptr + b), temperature,
-                V, NUM_PIECES, PIECE_V, MAX_CANDIDATES, SHIFT, BLOCK_P, BLOCK_C,
-            )  # fmt: skip
-    else:  # the first of the largest: all weight on them, and a share of zero
-        tops = tl.load(top_ptr + b * NUM_PIECES + offs_p, mask=offs_p < NUM_PIECES, other=-INF)
-        mass = ((tops == top) & (offs_p < NUM_PIECES)).to(tl.float32)
-    piece, share = _locate(mass, share, BLOCK_P)
-    offs_v = piece * PIECE_V + tl.arange(0, PIECE_V)
-    x = without_nan(tl.load(row_ptr + offs_v, mask=offs_v < V, other=-INF))
-    weights = tl.where(x >= threshold, weights_of(x, top, scale), 0.0)
-    weights = tl.where(temperature > 0.0, weights, (x == top).to(tl.float32))
-    token, _ = _locate(weights, share, PIECE_V)
-    tl.store(out_ptr + b, (piece * PIECE_V + token).to(tl.int64))
+    top_ptr += b * NUM_PIECES
+    tops = tl.load(top_ptr + offs_p, mask=offs_p < NUM_PIECES, other=-INF)
+    top = tl.max(tops, axis=0)
+    # greedy: the first of the largest, with a weight for them alone and a share of zero
+    masses = ((tops == top) & (offs_p < NUM_PIECES)).to(tl.float32)
+    share = tl.zeros([], tl.float64)
+    if is_greedy == 0:
+        share = uniform(tl.load(seeds_ptr + b), tl.load(steps_ptr + b))
+    if by_mass:
+        masses = _mass_of_pieces(tops, top, mass_ptr + b * NUM_PIECES, scale, NUM_PIECES, BLOCK_P)
+    token, is_found, threshold = 0, top > INF, -INF
+    if is_limited & (top > -INF):
+        index = (top_ptr, group_top_ptr + b * NUM_GROUPS, group_mass_ptr + b * NUM_GROUPS)
+        candidates = b * MAX_CANDIDATES
+        lists = (
+            group_ptr + b * NUM_GROUPS, word_ptr + b * (NUM_PIECES * (PIECE_V // WORD)),
+            token_ptr + candidates, value_ptr + candidates,
+        )  # fmt: skip
+        token, is_found, threshold, masses = _draw_limited(
+            row_ptr, index, lists, limits, min_p, temperature, top, masses, share, V, NUM_PIECES,
+            PIECE_V, GROUP, MAX_CANDIDATES, SHIFT, WORD, BLOCK_P, BLOCK_C, BLOCK_L, BLOCK_W,
+            LANES,
+        )  # fmt: skip
+    if is_found == 0:
+        token = draw_from_row(
+            row_ptr, masses, share, threshold, top, scale, is_greedy, V, PIECE_V, GROUP, BLOCK_P
+        )
+    tl.store(out_ptr + b, token.to(tl.int64))
 
 
 def sample(
@@ -229,78 +259,39 @@ def sample(
 
 
 def _launch(logits: Tensor, params: tuple[Tensor, ...], w: SampleWorkspace, out: Tensor) -> None:
-    """The four kernels. params: the tensors behind the logits."""
+    """The two kernels. params: the tensors behind the logits."""
     num_rows, vocab_size = logits.shape
-    num_pieces, num_samples = w.top.shape[1], w.sample.shape[1]
+    num_pieces = w.top.shape[1]
     block_p = next_power_of_2(num_pieces)
-    # bits of an fp32 pattern, from its end, that the dtype of the logits leaves zero
-    shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
-    options = launch_options(logits.device)
+    index = (w.top, w.mass, w.group_top.view(logits.dtype), w.group_mass)
     row = (vocab_size, logits.stride(0))
+    sizes = {"PIECE_V": PIECE_V, "GROUP": GROUP}
+    options = launch_options(logits.device)
     _piece_kernel[(num_pieces, num_rows)](
-        logits,
-        *params[:3],
-        w.top,
-        w.mass,
-        w.sample,
-        *row,
-        PIECE_V=PIECE_V,
-        SAMPLE_STRIDE=SAMPLE_STRIDE,
-        num_warps=PIECE_WARPS,
-        **options,
-    )
-    _bracket_kernel[(num_rows,)](
-        *params[:4],
-        w.top,
-        w.mass,
-        w.sample,
-        w.bracket,
-        vocab_size,
-        NUM_PIECES=num_pieces,
-        NUM_SAMPLES=num_samples,
-        SAMPLE_STRIDE=SAMPLE_STRIDE,
-        NUM_STEPS=ESTIMATE_STEPS,
-        SHIFT=shift,
-        BLOCK_P=block_p,
-        BLOCK_S=next_power_of_2(num_samples),
-        num_warps=8,
-        **options,
-    )
-    # which program takes which pieces is free to depend on the batch: a piece has its own results
-    programs = cdiv(device_sms(logits.device) * GATHER_PROGRAMS_PER_SM, num_rows)
-    _gather_kernel[(min(programs, num_pieces), num_rows)](
-        logits,
-        params[0],
-        w.top,
-        w.bracket,
-        w.found_count,
-        w.found_mass,
-        w.candidates,
-        *row,
-        NUM_PIECES=num_pieces,
-        PIECE_V=PIECE_V,
-        MAX_CANDIDATES=MAX_CANDIDATES,
-        BLOCK_V=min(PIECE_V, 1024),
-        num_warps=GATHER_WARPS,
-        **options,
+        logits, *params[:4], *index, *row, **sizes, num_warps=PIECE_WARPS, **options
     )
     _draw_kernel[(num_rows,)](
         logits,
         *params,
-        w.top,
-        w.mass,
-        w.bracket,
-        w.found_count,
-        w.found_mass,
-        w.candidates,
+        *index,
+        w.groups,
+        w.words,
+        w.tokens,
+        w.values,
         out,
         *row,
         NUM_PIECES=num_pieces,
-        PIECE_V=PIECE_V,
+        **sizes,
         MAX_CANDIDATES=MAX_CANDIDATES,
-        SHIFT=shift,
+        # bits of an fp32 pattern, from its end, that the dtype of the logits leaves zero
+        SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
         BLOCK_P=block_p,
-        BLOCK_C=max(SCAN_TILE // block_p, 16),
-        num_warps=8,
+        BLOCK_C=min(max(SCAN_TILE // block_p, 16), PIECE_V),
+        WORD=WORD,
+        BLOCK_L=LISTED_AT_ONCE,
+        BLOCK_W=WORDS_AT_ONCE,
+        LANES=LANES,
+        num_warps=DRAW_WARPS,
+        maxnreg=DRAW_REGISTERS,
         **options,
     )
