@@ -4,7 +4,7 @@ import torch
 
 from engine.stage_schedule import Placement
 from engine.step_model import Rates, StepModel
-from green.driver import load_driver
+from green.driver import GreenContextUnsupported, load_driver
 from models.config import ModelConfig
 
 # dense products of 16-bit numbers, per SM and clock, by major compute capability
@@ -16,7 +16,9 @@ SM_BYTES_A_CLOCK = 52
 
 
 def rates_of(device: torch.device) -> Rates:
-    """Of a GPU. GreenContextError where its driver does not tell."""
+    """Of a GPU. GreenContextError where its driver does not tell, or it is none."""
+    if device.type != "cuda":
+        raise GreenContextUnsupported(f"a {device.type} has no SMs to divide")
     driver = load_driver()
     ordinal = driver.call("cuDeviceGet", device.index or 0)
     attributes = driver.api.CUdevice_attribute

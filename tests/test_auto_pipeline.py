@@ -253,7 +253,9 @@ def test_where_there_is_nothing_to_time(options, changed, wanted):
 
 
 def test_on_a_cpu_auto_is_serial_and_says_why(decoder):
-    config = EngineConfig(model="m", decode_pipeline="auto", max_num_seqs=MAX_NUM_SEQS)
+    config = EngineConfig(
+        model="m", device="cpu", decode_pipeline="auto", max_num_seqs=MAX_NUM_SEQS
+    )
     options = worker_options(decoder, 0, MAX_NUM_SEQS)
     pool = options.pop("graph_pool")
     worker = make_decode_worker(config, **options, pool=pool)

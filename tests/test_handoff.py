@@ -80,7 +80,7 @@ def test_layers_sent_one_after_the_other_arrive_all(config, way):
 
 
 def test_a_launch_that_fails_is_waited_for(config, monkeypatch):
-    link = KVLink(cache(config, 3), cache(config, 3), reference)
+    link = KVLink(cache(config, 3), cache(config, 3), reference, "kernel")
     copy = link.open([0, 1], [1, 2])
     with monkeypatch.context() as patch:
         patch.setattr(reference, "copy_blocks", None)
