@@ -12,7 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from engine.pipeline_stats import SERIAL
-from engine.stage_schedule import STAGES
+from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import InOrder
 from experiments.bench_pipeline import Row as StepRow
 from experiments.harness import read_rows
@@ -23,6 +23,7 @@ STAMP = ["date", "gpu", "torch", "triton", "driver", "commit"]
 NOT_A_PIPELINE = (SERIAL, InOrder.name)
 LOOKS = {"attention": "#30638e", "ffn": "#d1495b"}
 LEAST, MOST = 0.6, 1.4  # of the colours
+EVEN = 0.01  # by which readings scatter
 DARK = 0.72  # speed-up below which they are
 
 CsvRow = Mapping[str, str]
@@ -53,18 +54,40 @@ def _some(rows: list[dict[str, str]], path: Path) -> list[dict[str, str]]:
 
 
 def regime_maps(rows: Iterable[CsvRow]) -> dict[tuple[str, str], dict[tuple[int, int], Cell]]:
-    """By GPU and model, by batch and context. Of a mode the newest row counts; a cell without a
-    serial row or without a pipelined one is left out."""
-    ms: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
+    """By GPU and model, by batch and context, whatever the cut. Of a mode of one cut the newest row
+    counts, beside the serial row that it follows; one that follows none is left out."""
+    serial_ms: dict[tuple[str, ...], float] = {}
+    speedups: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        cell = (int(row["batch"]), int(row["context"]))
-        cells = ms.setdefault((row["gpu"], row["model"]), {})
-        cells.setdefault(cell, {})[row["mode"]] = _whole_ms(row)
-    maps = {
-        place: {cell: best for cell, modes in cells.items() if (best := _best(modes)) is not None}
-        for place, cells in sorted(ms.items())
+        columns = ("gpu", "model", "batch", "context", "qkv_stage", "o_stage")
+        run = tuple(row[column] for column in columns)
+        if row["mode"] == SERIAL:
+            serial_ms[run] = _whole_ms(row)
+        elif row["mode"] not in NOT_A_PIPELINE and run in serial_ms:
+            cell = (int(row["batch"]), int(row["context"]))
+            cells = speedups.setdefault((row["gpu"], row["model"]), {})
+            cells.setdefault(cell, {})[_name(row)] = serial_ms[run] / _whole_ms(row)
+    return {
+        place: {cell: _best(found) for cell, found in cells.items()}
+        for place, cells in sorted(speedups.items())
     }
-    return {place: cells for place, cells in maps.items() if cells}
+
+
+def _best(speedups: Mapping[str, float]) -> Cell:
+    mode = max(speedups, key=speedups.__getitem__)
+    return Cell(speedups[mode], mode)
+
+
+def _name(row: CsvRow) -> str:
+    """The mode, and how the step is cut where that is not as usual."""
+    names = [row["mode"]]
+    if row["num_micro_batches"] not in ("", "2"):
+        names.append(f"in {row['num_micro_batches']}")
+    usual = Placement()
+    for operation, stage in (("qkv", usual.qkv), ("o", usual.o)):
+        if row[f"{operation}_stage"] not in ("", stage):
+            names.append(f"{operation} in {row[f'{operation}_stage']}")
+    return ", ".join(names)
 
 
 def _whole_ms(row: CsvRow) -> float:
@@ -73,14 +96,6 @@ def _whole_ms(row: CsvRow) -> float:
     shape = SHAPES.get(row["model"], {})
     share = shape.get("num_hidden_layers", int(row["num_layers"])) / int(row["num_layers"])
     return ends_ms + (float(row["ms_p50"]) - ends_ms) * share
-
-
-def _best(ms: Mapping[str, float]) -> Cell | None:
-    piped = {mode: t for mode, t in ms.items() if mode not in NOT_A_PIPELINE}
-    if SERIAL not in ms or not piped:
-        return None
-    mode = min(piped, key=piped.__getitem__)
-    return Cell(ms[SERIAL] / piped[mode], mode)
 
 
 def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
@@ -92,7 +107,7 @@ def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
     axes = fig.subplots(1, len(maps), squeeze=False)[0]
     for ax, ((gpu, model), cells) in zip(axes, maps.items(), strict=True):
         _draw_map(ax, cells)
-        won = sum(cell.speedup > 1 for cell in cells.values())
+        won = sum(cell.speedup > 1 + EVEN for cell in cells.values())
         ax.set_title(f"{model} on {gpu}\nfaster in {won} of {len(cells)} cells", loc="left", size=9)
     fig.suptitle(f"Decode in two stages: speed-up over the serial graph\n{_title(rows)}")
     return fig
@@ -108,9 +123,9 @@ def _draw_map(ax: Axes, cells: Mapping[tuple[int, int], Cell]) -> None:
     for y, batch in enumerate(batches):
         for x, context in enumerate(contexts):
             if (cell := cells.get((batch, context))) is not None:
-                loses = cell.speedup <= 1
-                text = f"{cell.speedup:.2f}x{' loses' * loses}\n{cell.mode}"
-                weight = "normal" if loses else "bold"
+                verdict = " loses" if cell.speedup < 1 - EVEN else ""
+                text = f"{cell.speedup:.2f}x{verdict}\n{cell.mode}"
+                weight = "bold" if cell.speedup > 1 + EVEN else "normal"
                 color = "white" if cell.speedup < DARK else "black"
                 look = {"size": 7.5, "weight": weight, "color": color}
                 ax.text(x, y, text, ha="center", va="center", **look)

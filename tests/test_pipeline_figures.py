@@ -64,6 +64,18 @@ def test_the_newest_row_counts_and_gpus_stand_apart():
     assert regime_maps(STEPS[-1:]) == {}
 
 
+def test_another_cut_is_another_mode_of_the_same_cell():
+    cuts = [
+        step(64, 512, "48:84", 1.8, num_micro_batches=3, date="2026-02-01 10:00"),
+        step(64, 512, "serial", 2.2, qkv_stage="ffn", date="2026-02-01 11:00"),
+        step(64, 512, "48:84", 1.9, qkv_stage="ffn", date="2026-02-01 11:00"),
+    ]
+    best = regime_maps([*STEPS, *cuts])[GPU, "Qwen3-8B"][64, 512]
+    assert best == Cell(pytest.approx(8.2 / 6.4), "48:84, qkv in ffn")
+    best = regime_maps([*STEPS, *cuts[:2]])[GPU, "Qwen3-8B"][64, 512]
+    assert best == Cell(pytest.approx(7 / 5.8), "48:84, in 3")
+
+
 def test_lines_of_the_stages():
     [lines] = stage_lines(STAGES).values()
     assert lines["attention", False] == [(32, 0.3), (64, 0.2)]
