@@ -208,7 +208,7 @@ def attention_cases() -> list[Case]:
         DecodeAttention(context_lens=uniform, num_heads=16, spread="uniform(1,8192)"),
         DecodeAttention(context_lens=even, num_heads=16),
     ]
-    prefill = ((1, 2048, False), (4, 2048, True), (1, 8192, True))
+    prefill = ((16, 512, False), (1, 2048, False), (4, 2048, True), (1, 8192, True))
     return cases + [
         PrefillAttention(context_lens=(n,) * batch, num_heads=32, quick=quick)
         for batch, n, quick in prefill

@@ -53,11 +53,10 @@ class Mlp(Case):
         down = [draw.randn(N, width, std=2 * width**-0.5) for _ in range(copies)]
         rstd = draw.empty(self.num_tokens, dtype=torch.float32)
         act, out = draw.empty(self.num_tokens, width), draw.empty(self.num_tokens, N)
+        scratch = {"rstd": rstd, "act": act, "workspace": kernels.matmul_workspace(device)}
 
         def ours(i: int, num_sms: int | None) -> None:
-            kernels.mlp(
-                x[i], gate_up[i], down[i], EPS, rstd=rstd, act=act, out=out, num_sms=num_sms
-            )
+            kernels.mlp(x[i], gate_up[i], down[i], EPS, **scratch, out=out, num_sms=num_sms)
 
         chains = peers.mlp_chains(x, gate_up, down, EPS)
         return Problem(
@@ -106,11 +105,11 @@ class Linear(Case):
         eps = EPS if self.has_norm else None
         residual = draw.randn(M, N) if self.has_residual else None
         rstd, out = draw.empty(M, dtype=torch.float32), draw.empty(M, N)
+        scratch = {"rstd": rstd, "workspace": kernels.matmul_workspace(device)}
 
         def ours(i: int, num_sms: int | None) -> None:
-            kernels.linear(
-                x[i], weight[i], None, residual, eps, rstd=rstd, out=out, num_sms=num_sms
-            )
+            operands = (x[i], weight[i], None, residual, eps)
+            kernels.linear(*operands, **scratch, out=out, num_sms=num_sms)
 
         return Problem(
             ours=ours,
