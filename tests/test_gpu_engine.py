@@ -60,12 +60,13 @@ def assert_same_or_near_ties(outputs: list[dict], others: list[dict], tolerance:
 
     outputs have logprobs. Behind the first difference the texts are different ones.
     """
-    for output, other in zip(outputs, others, strict=True):
+    for n, (output, other) in enumerate(zip(outputs, others, strict=True)):
         pairs = zip(output["token_ids"], other["token_ids"], strict=True)
         for i, (one, another) in enumerate(pairs):
             if one != another:
                 logprobs = output["logprobs"][i]
-                assert logprobs.get(another, -1e9) >= max(logprobs.values()) - tolerance
+                is_near = logprobs.get(another, -1e9) >= max(logprobs.values()) - tolerance
+                assert is_near, f"output {n} from token {i} on: {other['token_ids'][i : i + 5]}"
                 break
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import SamplingParams, handoff
+from engine import LLM, SamplingParams, handoff
 from engine.config import EngineConfig
 from engine.handoff import has_peer_access
-from engine.pd_core import MAX_CHUNKS, NUM_PUSH_GROUPS
+from engine.pd_core import MAX_CHUNKS, NUM_PUSH_GROUPS, PUSH_TOKENS
 from engine.prefill import PrefillWorker, all_token_buckets
 from engine.request import RequestState
 from experiments.shapes import write_config
@@ -46,14 +46,20 @@ def devices(request, monkeypatch) -> tuple[str, str]:
     return request.param
 
 
+def poison(llm: LLM) -> None:
+    """Of an idle engine: what no one has written is no number."""
+    for worker in (llm._core.prefill, llm._core.decode):
+        torch.cuda.synchronize(worker.device)
+        with torch.inference_mode():
+            worker.kv_cache.blocks.fill_(NAN)
+        torch.cuda.synchronize(worker.device)
+
+
 @contextmanager
 def pd_llm(folder: Path, **options):
     """Poisoned pools, and at the end all blocks back."""
     with gpu_llm(folder, **{"enable_two_gpu_pd": True} | options) as llm:
-        for worker in (llm._core.prefill, llm._core.decode):
-            with torch.inference_mode():
-                worker.kv_cache.blocks.fill_(NAN)
-                torch.cuda.synchronize(worker.device)
+        poison(llm)
         yield llm
         assert_idle(llm)
 
@@ -104,6 +110,24 @@ def test_every_launch_is_a_graph_and_near_what_one_device_says(
         monkeypatch.setattr(PrefillWorker, "_compute", None)  # replays alone
         found = llm.generate(prompts, params)
     assert_same_or_near_ties(wanted, found, LOGIT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_read_before_it_is_written(folder, devices, way, dtype, monkeypatch):
+    """Over and over, as a race need not show itself: prompts that are pushed beside one that is
+    not, into pools of NaN."""
+    monkeypatch.setattr(handoff, "DIRECT_WAY", way)
+    prompts = prompts_of(4, seed=10)
+    assert min(map(len, prompts)) < PUSH_TOKENS["auto"] < max(map(len, prompts))
+    options = {"dtype": dtype, "enable_prefix_caching": False}
+    with one_device_llm(folder, **options) as llm:
+        wanted = llm.generate(prompts, greedy(logprobs=20))
+    with pd_llm(folder, **options) as llm:
+        for _ in range(12):
+            poison(llm)
+            found = llm.generate(prompts, greedy())
+            assert_same_or_near_ties(wanted, found, LOGIT_TOLERANCE[dtype])
 
 
 def test_pressure_and_aborts_leave_the_others_right(folder, devices):
