@@ -69,6 +69,7 @@ class PDCore(BaseCore):
         super().__init__(model_config)
         self._prefills: deque[Launched] = deque()
         self._decodes: deque[Launched] = deque()
+        self._is_put_off = False  # whether the last step left prefill as it was
         # behind the decode launches that may still write blocks which were returned since
         self._fence: torch.cuda.Event | None = None
         self._mode = config.kv_handoff
@@ -165,9 +166,11 @@ class PDCore(BaseCore):
         ended: list[Request] = []
         is_busy = self._launch_decode()
         is_busy |= self._hand_over()
-        # while there is a launch for prefill to go on with, tokens that have come need not wait for
-        # the host to prepare another
-        if not (self._prefills and self._collect(on_token, ended)):
+        # while prefill has a launch to go on with, tokens that have come need not wait for the host
+        # to prepare another; but not twice in turn, or tokens that always come would put it off
+        may_put_off = bool(self._prefills) and not self._is_put_off
+        self._is_put_off = may_put_off and self._collect(on_token, ended)
+        if not self._is_put_off:
             is_busy |= self._launch_prefill()
             is_busy |= self._hand_over()
             while not self._collect(on_token, ended) and not is_busy and self._is_waiting:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -153,6 +154,26 @@ def test_decode_goes_on_while_a_copy_takes_its_time(folder, kv_handoff):
         assert request_of(llm, second).num_generated == 1, "its first token goes out at once"
         llm.abort(second)
         assert run_all(llm)[second]["finish_reason"] == "abort"
+
+
+def test_tokens_go_out_before_a_prefill_launch_but_do_not_keep_it_off(folder, monkeypatch):
+    """With one in flight already: every second step prepares another, though tokens always come."""
+    with late_llm(folder, lambda: True) as llm:
+        request_id = llm.add_request([5, 6, 7], greedy(40, ignore_eos=True))
+        while request_of(llm, request_id).num_generated < 3:
+            llm.step()
+        core, launched = llm._core, []
+        monkeypatch.setattr(core, "_launch_prefill", lambda: launched.append(True) or False)
+        in_flight = SimpleNamespace(is_done=False)
+        core._prefills.append(in_flight)
+        found = []
+        for _ in range(6):
+            del launched[:]
+            found.append((len(llm.step()), len(launched)))
+        core._prefills.remove(in_flight)
+        assert found == [(1, 0), (1, 1)] * 3
+        monkeypatch.undo()
+        assert len(finish(llm)[request_id]["token_ids"]) == 40
 
 
 def test_a_full_decode_side_pauses_prefill(folder, alone):
