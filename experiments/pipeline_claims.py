@@ -5,7 +5,8 @@
 --measure serves prompts of random tokens with random weights on one device, on two (pd), and on two
 with decode in two stages of a few splits, and appends a row for each to
 experiments/results/pipeline_claims.csv. What the newest row of each says goes to claims.csv, whose
-other claims stay, and is printed. A claim of a figure holds from 95 % of it on.
+other claims stay, and is printed; of the limits in claim 9, handoff.csv says something too. A claim
+of a figure holds from 95 % of it on.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 from engine import LLM, SamplingParams
+from experiments import lifted_limits
+from experiments.bench_handoff import HandoffReading
 from experiments.claims import REACHED, Finding, read_csv, table, write_csv
 from experiments.harness import RESULTS, append_row, environment, read_rows
 from experiments.shapes import SHAPES, write_config
@@ -245,12 +248,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", choices=SHAPES, default="Qwen3-0.6B")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no engine later")
     p.add_argument("--csv", type=Path, default=RESULTS / "pipeline_claims.csv")
+    p.add_argument("--handoff", type=Path, default=RESULTS / "handoff.csv")
     p.add_argument("--claims", type=Path, default=RESULTS / "claims.csv")
     args = p.parse_args(argv)
     try:
         if args.measure:
             _measure_all(args)
         found = findings(*newest(args.csv, args.model))
+        if args.handoff.exists():
+            columns = [*HandoffReading.__dataclass_fields__, *environment("cpu")]
+            found += lifted_limits.findings(read_rows(args.handoff, columns), args.model)
         kept = read_csv(args.claims) if args.claims.exists() else []
         write_csv(args.claims, [f for f in kept if f.claim not in NUMBERS] + found)
         print(table(read_csv(args.claims)))

@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from experiments import claims as other_claims
+from experiments import lifted_limits
+from experiments.bench_handoff import HandoffReading
 from experiments.claims import read_csv, write_csv
 from experiments.harness import append_row
 from experiments.pipeline_claims import ASKED, NUM_PROMPTS, Row, configs, findings, main, newest
@@ -62,7 +64,7 @@ def test_other_claims_stay(tmp_path, capsys):
     for row in rows(SLOW):
         append_row(source, asdict(row) | STAMP)
     for _ in range(2):
-        main(["--csv", str(source), "--claims", str(claims)])
+        main(["--csv", str(source), "--claims", str(claims), "--handoff", str(tmp_path / "none")])
     assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
     assert "| 5 | pipeline on PD, 4 prompts x 64, 48:84 | Qwen3-0.6B | 1.70x | 0.80x" in (
         capsys.readouterr().out
@@ -73,6 +75,34 @@ def test_other_claims_stay(tmp_path, capsys):
     other_claims.main(["--from", str(engine), "--csv", str(claims)])
     assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
     assert newest(source, "Qwen3-0.6B")[0]["pd", 4].tpot_ms == 2.0
+
+
+def sent(mode: str, tokens: int, exposed_ms: float, **more) -> dict[str, str]:
+    row = dict.fromkeys(HandoffReading.__dataclass_fields__, "") | STAMP
+    row |= {"model": "Qwen3-0.6B", "way": "copy_engine", "mode": mode, "tokens": str(tokens)}
+    return row | {"prefill_ms_p50": "10.0", "exposed_ms_p50": str(exposed_ms)} | more
+
+
+SENT = [
+    sent("push", 128, 0.1),
+    sent("push", 4096, 0.0),
+    sent("slab", 128, 0.4),
+    sent("slab", 4096, 1.2),
+    sent("push", 128, 9.0, date="2025-12-31 10:00"),  # of an earlier run
+    sent("push", 128, 9.0, way="kernel"),
+    sent("push", 128, 9.0, model="Qwen3-8B"),
+]
+
+
+def test_readings_of_hand_overs_say_which_limits_are_lifted():
+    copies, memory = lifted_limits.findings(SENT, "Qwen3-0.6B")
+    assert (copies.claim, copies.verdict) == (9, "lifted")
+    assert copies.over_one == f"{1.12 / 1.01:.2f}" and "at most 1.0%" in copies.why
+    assert "128 to 4096 tokens" in copies.why and "up to 12.0%" in copies.why
+    assert (memory.verdict, memory.over_one) == ("lifted", "1.60")
+    slow = [*SENT[:4], sent("push", 1024, 0.3)]
+    assert lifted_limits.findings(slow, "Qwen3-0.6B")[0].verdict == "stands"
+    assert lifted_limits.findings(SENT, "Qwen3-4B") == []
 
 
 def test_without_rows_or_gpus_nothing_is_written(tmp_path, capsys, monkeypatch):
