@@ -172,7 +172,6 @@ class PDCore(BaseCore):
         self._is_put_off = may_put_off and self._collect(on_token, ended)
         if not self._is_put_off:
             is_busy |= self._launch_prefill()
-            is_busy |= self._hand_over()
             while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
                 time.sleep(POLL_S)
         if self.is_idle:

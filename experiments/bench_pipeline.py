@@ -39,6 +39,7 @@ from engine.pipeline_stats import SERIAL
 from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams
 from engine.step_model import StepModel
+from experiments import energy
 from experiments.harness import RESULTS, append_row, environment, read_rows, table
 from experiments.pipeline_cell import BLOCK_SIZE, Cell
 from experiments.pipeline_map import CellSize, fitting, most_telling_first, texts, whole_map
@@ -77,9 +78,7 @@ class Row:
     ffn_ms: float | str
     layers_ms: float | str
     overlap: float | str
-    sustained_ms: (
-        float | str
-    )  # of steps without a pause, at the power limit; empty without --energy
+    sustained_ms: float | str  # of steps without a pause; empty without --energy
     sustained_mj: float | str  # millijoules of such a step
     capture_ms: float
     kv_bytes: int  # of all layers
@@ -105,7 +104,6 @@ def measure(
         times = cell.time(mode)
         is_timed = args.timed and mode is not None and cell.pipeline.device.type == "cuda"
         empty = dict.fromkeys(("attention_ms", "ffn_ms", "layers_ms", "overlap"), "")
-        not_sustained = dict.fromkeys(("sustained_ms", "sustained_mj"), "")
         granted = None if mode is None else mode.granted
         attention_sms, ffn_sms = ("", "") if granted is None else granted
         yield Row(
@@ -127,7 +125,7 @@ def measure(
             same_tokens=sum(a == b for a, b in zip(token_ids, wanted_ids, strict=True)),
             same_logits=same_logits,
             **(cell.stage_times(mode) if is_timed else empty),
-            **(_sustained(cell, mode, times.p50) if args.energy else not_sustained),
+            **energy.columns(cell.sustain(mode, times.p50) if args.energy else None),
             capture_ms=cell.capture_ms[mode],
             **counts,
         )
@@ -139,12 +137,6 @@ def _model_ms(model: StepModel | None, cell: Cell, mode: StageStreams | None) ->
     if model is not None and mode.granted is not None:
         return model.pipelined_ms(cell.batch, cell.context, mode.granted)
     return ""
-
-
-def _sustained(cell: Cell, mode: StageStreams | None, step_ms: float) -> dict[str, float | str]:
-    found = cell.sustain(mode, step_ms)
-    millijoules = "" if found.millijoules is None else found.millijoules
-    return {"sustained_ms": found.ms, "sustained_mj": millijoules}
 
 
 def _watts(row: Row) -> float | None:

@@ -22,17 +22,33 @@ class Sustained:
         return None if self.millijoules is None else self.millijoules / self.ms
 
 
+def columns(found: Sustained | None) -> dict[str, float | str]:
+    """The columns of a CSV that it fills; empty where nothing was measured."""
+    millijoules = None if found is None else found.millijoules
+    return {
+        "sustained_ms": "" if found is None else found.ms,
+        "sustained_mj": "" if millijoules is None else millijoules,
+    }
+
+
 def sustain(
-    run: Callable[[], Any], call_ms: float, device: torch.device, seconds: float = SUSTAINED_SECONDS
+    run: Callable[[], Any],
+    run_ms: float,
+    device: torch.device,
+    *,
+    calls: int = 1,
+    seconds: float = SUSTAINED_SECONDS,
 ) -> Sustained:
-    """Time and energy of a call of about call_ms, over `seconds` of them. run: queues one."""
+    """Time and energy of a call. run: queues `calls` of them, which take about run_ms together, and
+    is run for `seconds`."""
     counter = energy_counter(device)
-    num_calls = max(2, round(seconds * 1e3 / call_ms))
-    for _ in range(num_calls // 5):  # until clocks have settled
+    num_runs = max(2, round(seconds * 1e3 / run_ms))
+    num_calls = num_runs * calls
+    for _ in range(num_runs // 5):  # until clocks have settled
         run()
     torch.cuda.synchronize(device)
     before, start = counter(), time.perf_counter()
-    for _ in range(num_calls):
+    for _ in range(num_runs):
         run()
     torch.cuda.synchronize(device)
     ms = (time.perf_counter() - start) * 1e3 / num_calls

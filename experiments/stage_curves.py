@@ -21,8 +21,9 @@ import torch
 
 from engine.kv_cache import KVCache
 from engine.stage_schedule import STAGES, Placement
+from experiments import energy
 from experiments.bench_pipeline import bench_decoder, pair, random_cache
-from experiments.energy import Sustained, sustain
+from experiments.energy import Sustained
 from experiments.harness import RESULTS, append_row, environment, table
 from experiments.pipeline_cell import block_tables
 from experiments.pipeline_map import CellSize, fitting, texts
@@ -100,11 +101,8 @@ class Stage:
             with torch.cuda.stream(self.stream):
                 self._graph.replay()
 
-        found = sustain(replay, self.alone().p50 * GRAPH_CALLS, self.stream.device)
-        millijoules = found.millijoules
-        return Sustained(
-            found.ms / GRAPH_CALLS, None if millijoules is None else millijoules / GRAPH_CALLS
-        )
+        run_ms = self.alone().p50 * GRAPH_CALLS
+        return energy.sustain(replay, run_ms, self.stream.device, calls=GRAPH_CALLS)
 
     def beside(self, other: "Stage") -> Times:
         """The same while the other runs all along. ValueError where it did not."""
@@ -211,12 +209,7 @@ def _found(
     stage: str, sms: int, beside_sms: int | str, times: Times, sustained: Sustained | None = None
 ) -> dict[str, object]:
     ms = {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80}
-    energy: dict[str, object] = {"sustained_ms": "", "sustained_mj": ""}
-    if sustained is not None:
-        energy["sustained_ms"] = sustained.ms
-        if sustained.millijoules is not None:
-            energy["sustained_mj"] = sustained.millijoules
-    return {"stage": stage, "sms": sms, "beside_sms": beside_sms} | ms | energy
+    return {"stage": stage, "sms": sms, "beside_sms": beside_sms} | ms | energy.columns(sustained)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

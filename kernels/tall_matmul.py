@@ -16,7 +16,7 @@ from kernels.tall_plan import (
     choose_plan,
     ring_width,
 )
-from kernels.tile import Tile, cdiv, device_sms
+from kernels.tile import Tile, device_sms
 
 GROUP_ROWS = 1024  # rows of x that tiles at work together share in L2
 LARGEST_SUMS = 128 * 256  # of a tile
@@ -89,10 +89,9 @@ def launch_tall_matmul(
         plan = Plan(tile)
     consumers = tile.num_warps // 4
     rows = tile.BLOCK_M // consumers
-    num_tiles = cdiv(num_tokens, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     # a lone consumer takes what the loading warps leave of 256 threads with 128 registers each
     options = {"maxnreg": 128} if consumers == 1 else {}
-    _tall_matmul_kernel[(plan.num_programs(num_tiles, sms),)](
+    _tall_matmul_kernel[(plan.num_programs(num_tokens, N, sms),)](
         hopper.describe(x, rows, BLOCK_K),
         hopper.describe(weight, tile.BLOCK_N, BLOCK_K),
         hopper.describe(out, rows, min(CHUNK_SIZE // rows, tile.BLOCK_N)),

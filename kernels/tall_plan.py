@@ -29,9 +29,11 @@ class Plan:
     tile: Tile
     side: int = 0
 
-    def num_programs(self, num_tiles: int, num_sms: int) -> int:
+    def num_programs(self, num_tokens: int, width: int, num_sms: int) -> int:
         """Programs to launch on so many SMs."""
-        return num_sms // self.side * self.side if self.side else min(num_tiles, num_sms)
+        if self.side:
+            return num_sms // self.side * self.side
+        return min(_num_tiles(num_tokens, width, self.tile), num_sms)
 
 
 def ring_tile(consumers: int, rows: int, block_n: int, *, gated: bool) -> Tile:
