@@ -118,7 +118,7 @@ class KVLink:
         self.source, self.target, self.ops = source, target, ops
         self.way: Way = way
         self.stream = DeviceStream(a.device).stream
-        self.staging = Staging(a, b.device)
+        self.staging = Staging(a, b.device, ops)
         if is_direct and a.device != b.device:
             # torch opens the way for the kernels, at its own first copy in that direction
             torch.empty(1, device=b.device).copy_(torch.empty(1, device=a.device))

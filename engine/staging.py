@@ -5,6 +5,7 @@ All waiting is done by the devices, none by the host.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ STAGED_BYTES = 32 << 20  # of each of the two buffers, or one block where that i
 class Staging:
     """Two pinned buffers, made when they are first needed, and the target's stream."""
 
-    def __init__(self, source: Tensor, target_device: torch.device) -> None:
-        """source: the pool [num_blocks, ...] whose blocks go through."""
+    def __init__(self, source: Tensor, target_device: torch.device, ops: ModuleType) -> None:
+        """source: the pool [num_blocks, ...] whose blocks go through; ops: see `KVLink`."""
         self._device = source.device
+        self._ops = ops
         self._is_cuda = source.device.type == "cuda"
         self._block_bytes = source[0].numel() * source.element_size()
         self._target = DeviceStream(target_device)
@@ -71,6 +73,9 @@ class Staging:
         with self._target.active():
             if after is not None:
                 self._target.stream.wait_event(after)
-            ids = to_device(list(blocks), np.int64, target.device)
-            target.index_copy_(0, ids, part.to(target.device, non_blocking=True))
+            # Not index_copy_: where torch is told to be deterministic, that reads and rewrites all
+            # of a target that is a slice, and what others write there meanwhile is undone.
+            ids = to_device([range(len(blocks)), blocks], np.int64, target.device)
+            arrived = part.to(target.device, non_blocking=True)
+            self._ops.copy_blocks(arrived, target, ids[0], ids[1])
             return self._target.record()

@@ -187,7 +187,10 @@ def decode_attention(
 
 def copy_blocks(src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
     """dst[dst_ids] = src[src_ids]. src, dst: [num_blocks, ...], ids: [n] int, dst_ids distinct."""
-    dst[dst_ids.long().to(dst.device)] = src[src_ids.long()].to(dst.device)
+    # one by one: where torch is told to be deterministic, dst[ids] = ... rewrites all of a slice,
+    # blocks that others write meanwhile included
+    for from_block, to_block in zip(src_ids.tolist(), dst_ids.tolist(), strict=True):
+        dst[to_block].copy_(src[from_block])
 
 
 def sample_workspace(max_rows: int, vocab_size: int, device: torch.device | str) -> None:

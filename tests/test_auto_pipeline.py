@@ -18,6 +18,7 @@ from engine.step_model import MARGIN, Rates, StepModel
 from green.driver import GreenContextError
 from tests.checkpoints import save_random
 from tests.decode_steps import Steps, decoder_of, row_by_row, worker_options
+from tests.strategies import DEVICE
 
 MAX_NUM_SEQS = 12
 LONGEST = 64  # tokens: MAX_MODEL_LEN
@@ -252,14 +253,18 @@ def test_where_there_is_nothing_to_time(options, changed, wanted):
     assert reason == wanted or reason.startswith(wanted)
 
 
-def test_on_a_cpu_auto_is_serial_and_says_why(decoder):
+def test_where_there_is_nothing_to_compare_auto_is_serial_and_says_why(decoder):
+    why_none = {
+        "cpu": "auto: a CPU has no SMs to divide",
+        "cuda": "auto: without CUDA graphs there is nothing to compare",
+    }
     config = EngineConfig(
-        model="m", device="cpu", decode_pipeline="auto", max_num_seqs=MAX_NUM_SEQS
+        model="m", device=DEVICE, decode_pipeline="auto", max_num_seqs=MAX_NUM_SEQS
     )
     options = worker_options(decoder, 0, MAX_NUM_SEQS)
     pool = options.pop("graph_pool")
     worker = make_decode_worker(config, **options, pool=pool)
-    assert worker.statistics.why_none == "auto: a CPU has no SMs to divide"
+    assert worker.statistics.why_none == why_none[DEVICE]
     steps = Steps(worker, [3, 9], 0)
     serial = Steps(DecodeWorker(**worker_options(decoder, 0, MAX_NUM_SEQS)), [3, 9], 0)
     assert steps.step() == serial.step()
