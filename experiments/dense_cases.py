@@ -4,18 +4,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 import kernels
 from experiments import peers
 from experiments.kernel_case import BOUND, Case, Draw, Problem, row_error
 from experiments.shapes import SHAPES
 from kernels import reference
+from kernels.tile import cdiv
 
 EPS = 1e-6
 MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MLP_SMS = (64, 96)  # as an FFN stage has them, beside attention on the others
 LINEAR_TOKENS = (1, 64, 256, 2048)
 HEAD_TOKENS = (1, 64, 256)
+BUFFER_ROWS = 256  # a multiple of any tile's rows
 MODELS = ("Qwen3-0.6B", "Qwen3-8B")
 
 
@@ -47,12 +50,12 @@ class Mlp(Case):
 
     def build(self, device: torch.device, copies: int) -> Problem:
         draw, N, width = Draw(device, self.dtype), self.hidden, self.intermediate
-        x = [draw.randn(self.num_tokens, N) for _ in range(copies)]
+        x = [_top_of_buffer(draw, self.num_tokens, N) for _ in range(copies)]
         gate_up = [draw.randn(2 * width, N, std=N**-0.5) for _ in range(copies)]
         # so that the MLP adds about as much as x: a small part of out could be wrong unseen
         down = [draw.randn(N, width, std=2 * width**-0.5) for _ in range(copies)]
         rstd = draw.empty(self.num_tokens, dtype=torch.float32)
-        act, out = draw.empty(self.num_tokens, width), draw.empty(self.num_tokens, N)
+        act, out = _top_of_buffer(draw, self.num_tokens, width), draw.empty(self.num_tokens, N)
         scratch = {"rstd": rstd, "act": act, "workspace": kernels.matmul_workspace(device)}
 
         def ours(i: int, num_sms: int | None) -> None:
@@ -100,7 +103,7 @@ class Linear(Case):
 
     def build(self, device: torch.device, copies: int) -> Problem:
         draw, (M, N, K) = Draw(device, self.dtype), (self.num_tokens, self.width, self.depth)
-        x = [draw.randn(M, K) for _ in range(copies)]
+        x = [_top_of_buffer(draw, M, K) for _ in range(copies)]
         weight = [draw.randn(N, K, std=K**-0.5) for _ in range(copies)]
         eps = EPS if self.has_norm else None
         residual = draw.randn(M, N) if self.has_residual else None
@@ -120,6 +123,11 @@ class Linear(Case):
             bound=BOUND[self.dtype],
             peers=peers.linear_chains(x, weight, eps, residual),
         )
+
+
+def _top_of_buffer(draw: Draw, num_tokens: int, width: int) -> Tensor:
+    """[num_tokens, width] as an engine has it: the first rows of a buffer for more tokens."""
+    return draw.randn(cdiv(num_tokens, BUFFER_ROWS) * BUFFER_ROWS, width)[:num_tokens]
 
 
 def dense_cases() -> list[Case]:

@@ -71,7 +71,7 @@ class Product:
         """What the launcher takes where tiles.json holds nothing."""
         if self.num_tokens == 1:
             return gemv.choose_tile(self.depth, gated=self.kernel == "gate_up")
-        if self.dtype.itemsize == 2 and is_for_tall(self.num_tokens, self.width, self.depth):
+        if self.dtype.itemsize == 2 and is_for_tall(self.num_tokens, self.width):
             shape = self.num_tokens, self.width, self.depth
             gated = self.kernel == "gate_up"
             return choose_plan(*shape, num_sms, gated=gated, may_share=False).tile

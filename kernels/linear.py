@@ -1,9 +1,9 @@
 """Matrix products against a [N, K] weight: from one decode token to a tall prefill.
 
-One token goes to `gemv`, few to `thin_matmul`, many to `tall_matmul` where the hardware has what it
-needs. RMSNorm costs none of them a pass over x: its weight is folded into the matrix beforehand,
-and the scale of a row factors out of its dot products, so that the sums over the raw x are scaled
-at the end. Bias, residual, SiLU(gate) * up follow there.
+One token goes to `gemv`, more to `tall_matmul` where the hardware has what it needs, and else to
+`thin_matmul`. RMSNorm costs none of them a pass over x: its weight is folded into the matrix
+beforehand, and the scale of a row factors out of its dot products, so that the sums over the raw x
+are scaled at the end. Bias, residual, SiLU(gate) * up follow there.
 """
 
 from torch import Tensor
@@ -17,16 +17,11 @@ from kernels.thin_matmul import HEAD_WIDTH, launch_thin_matmul
 from kernels.tile import Tile, output, require_shape, require_unit_stride
 from kernels.tiles import matmul_shape, tuned_tile
 
-THIN_M = 16  # tokens up to which `thin_matmul` reads deep rows of weights as fast as any
-DEEP_K = 4096  # elements in such a row
 
-
-def is_for_tall(num_tokens: int, width: int, depth: int) -> bool:
+def is_for_tall(num_tokens: int, width: int) -> bool:
     """Whether `tall_matmul`, where it takes the product at all, is the faster one, as found on an
     H100: a vocabulary is the better read by small programs, up to the rows of its smallest tile."""
-    if width >= HEAD_WIDTH:
-        return num_tokens > TALL_BLOCK_M
-    return num_tokens > THIN_M or depth < DEEP_K
+    return width < HEAD_WIDTH or num_tokens > TALL_BLOCK_M
 
 
 def launch_matmul(
@@ -54,7 +49,7 @@ def launch_matmul(
         launch_gemv(x, weight, bias, residual, rms_eps, out, gated=gated, tile=tile)
         return
     if tile is None:
-        is_tall = is_for_tall(num_tokens, N, K)
+        is_tall = is_for_tall(num_tokens, N)
     else:
         is_tall = tall_matmul.has_form(tile, gated=gated)
     if rms_eps is None:

@@ -16,9 +16,10 @@ from kernels.tall_plan import (
     choose_plan,
     ring_width,
 )
-from kernels.tile import Tile, device_sms
+from kernels.tile import Tile, cdiv, device_sms, next_power_of_2
 
 GROUP_ROWS = 1024  # rows of x that tiles at work together share in L2
+MIN_LOADED = 16  # rows of x that one copy moves, of few tokens
 LARGEST_SUMS = 128 * 256  # of a tile
 MAX_CONSUMERS = 2
 
@@ -91,8 +92,9 @@ def launch_tall_matmul(
     rows = tile.BLOCK_M // consumers
     # a lone consumer takes what the loading warps leave of 256 threads with 128 registers each
     options = {"maxnreg": 128} if consumers == 1 else {}
+    loaded = rows if consumers > 1 else min(rows, max(next_power_of_2(num_tokens), MIN_LOADED))
     _tall_matmul_kernel[(plan.num_programs(num_tokens, N, sms),)](
-        hopper.describe(x, rows, BLOCK_K),
+        hopper.describe(x, loaded, BLOCK_K, shape=(_rows_in_reach(x, consumers * loaded), K)),
         hopper.describe(weight, tile.BLOCK_N, BLOCK_K),
         hopper.describe(out, rows, min(CHUNK_SIZE // rows, tile.BLOCK_N)),
         bias,
@@ -106,6 +108,7 @@ def launch_tall_matmul(
         residual.stride(0) if residual is not None else 0,
         GATED=gated,
         CONSUMERS=consumers,
+        ROWS=rows,
         STAGES=tile.num_stages,
         OUT_BUFFERS=OUT_BUFFERS,
         GROUP_M=GROUP_ROWS // tile.BLOCK_M,
@@ -114,6 +117,16 @@ def launch_tall_matmul(
         **options,
         **launch_options(x.device),
     )
+
+
+def _rows_in_reach(x: Tensor, block_m: int) -> int:
+    """Rows of x and those behind it in its storage, up to whole tiles of so many: an engine's x is
+    the top of a larger buffer. Nothing is made of what is there, but TMA takes longer to fill in
+    zeros for rows that are not: on an H100 a fifth of the product's time."""
+    num_tokens, K = x.shape
+    stored = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    there = (stored - K) // x.stride(0) + 1 if x.stride(0) else num_tokens
+    return max(num_tokens, min(cdiv(num_tokens, block_m) * block_m, there))
 
 
 def has_form(tile: Tile, *, gated: bool) -> bool:

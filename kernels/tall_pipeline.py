@@ -26,7 +26,7 @@ from kernels.tall_epilogue import finish, residual_chunks
 class Ring:
     """What passes between the warps of a program: buffers, and whose turn each of them is."""
 
-    x: gl.shared_memory_descriptor  # [STAGES * CONSUMERS, ROWS, BLOCK_K]
+    x: gl.shared_memory_descriptor  # [STAGES * CONSUMERS, ROWS, BLOCK_K], of few tokens half filled
     weight: gl.shared_memory_descriptor  # [STAGES, WIDTH, BLOCK_K]
     full: gl.shared_memory_descriptor  # [STAGES, 1] barriers: its bytes have arrived
     empty: gl.shared_memory_descriptor  # [STAGES, 1] barriers: every consumer has read them
@@ -52,10 +52,14 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load_x(ring, x_desc, stage, row, k):
-    """[BLOCK_M, BLOCK_K] of x, to the consumers in turn."""
-    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    """[BLOCK_M, BLOCK_K] of x, to the consumers in turn; of few tokens the first LOADED rows, and
+    what is under them stays as it is: no row of a product is made of another's."""
+    LOADED: gl.constexpr = x_desc.block_type.shape[0]
+    ROWS: gl.constexpr = ring.x.shape[1]
     for c in gl.static_range(ring.CONSUMERS):
         buffer = ring.x.index(stage * ring.CONSUMERS + c)
+        if LOADED < ROWS:
+            buffer = buffer.slice(0, LOADED)
         tma_load(x_desc, [row + c * ROWS, k], ring.full.index(stage), buffer)
 
 
@@ -74,10 +78,11 @@ def _load(
     PDL: gl.constexpr,
 ):  # fmt: skip
     """The producer, one warp: keeps the ring full."""
-    BLOCK_M: gl.constexpr = ring.CONSUMERS * x_desc.block_type.shape[0]
+    BLOCK_M: gl.constexpr = ring.CONSUMERS * ring.x.shape[1]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    BYTES: gl.constexpr = (BLOCK_M + ring.weight.shape[1]) * BLOCK_K * 2
+    LOADED: gl.constexpr = ring.CONSUMERS * x_desc.block_type.shape[0]
+    BYTES: gl.constexpr = (LOADED + ring.weight.shape[1]) * BLOCK_K * 2
     num_k = gl.cdiv(K, BLOCK_K)
     num_items, start, end = dealt(M, N, num_k, BLOCK_M, BLOCK_N, SIDE)
     # the kernel before writes no weights: those of the first round need not wait for its end
@@ -113,7 +118,7 @@ def _multiply(
 ):  # fmt: skip
     """Consumer WHICH: one warp group, which multiplies and stores its ROWS rows of every tile."""
     CONSUMERS: gl.constexpr = ring.CONSUMERS
-    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    ROWS: gl.constexpr = ring.x.shape[1]
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     WIDTH: gl.constexpr = ring.weight.shape[1]  # BLOCK_N, twice that if gated
@@ -166,9 +171,9 @@ def _multiply(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(ring.empty.index(before), count=1)
         if SIDE == 0:  # noqa: SIM114  likewise
-            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, M, N, GATED)
         elif stop == num_k:
-            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, M, N, GATED)
         else:
             place = gl.program_id(0) * CONSUMERS + WHICH
             pass_on(acc, sums_ptr + place * (ROWS * WIDTH), is_there_ptr + place)
@@ -191,6 +196,7 @@ def _tall_matmul_kernel(
     stride_r_m,
     GATED: gl.constexpr,
     CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     OUT_BUFFERS: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -199,10 +205,9 @@ def _tall_matmul_kernel(
 ):
     """One program computes [CONSUMERS * ROWS, BLOCK_N] tiles of out, as `tall_deal` deals them out:
     whole ones where SIDE is 0, else parts, over scratch for sums. GATED: weight holds N gate rows
-    and then N up rows. The descriptors' blocks are what one copy moves: [ROWS, BLOCK_K],
-    [BLOCK_N, BLOCK_K] and [ROWS, CHUNK_N]."""
+    and then N up rows. The descriptors' blocks are what one copy moves: [ROWS, BLOCK_K], or fewer
+    rows where M is no more, [BLOCK_N, BLOCK_K] and [ROWS, CHUNK_N]."""
     dtype: gl.constexpr = x_desc.dtype
-    ROWS: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     WIDTH: gl.constexpr = weight_desc.block_type.shape[0] * (2 if GATED else 1)
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], x_desc.layout)

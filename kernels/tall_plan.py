@@ -12,14 +12,18 @@ TALL_BLOCK_M = 64  # rows of a tile from which wgmma takes it
 BLOCK_K = 64  # elements: 128 bytes, a row of the widest swizzle
 CHUNK_SIZE = 4096  # elements of out that a consumer stores at a time
 OUT_BUFFERS = 2  # chunks of one consumer on their way
-MAX_STAGES = 8  # deeper rings were not tried
+MAX_STAGES = 8  # deeper rings are slower where products take as long as their bytes
+DEEP_STAGES = 17  # where it is the bytes alone, as many as there is room for
 SHARED_BYTES = 226 * 1024  # of the 227 KiB on Hopper: barriers and the warps' hand-over take some
 MAX_SIDE = 4  # tiles down the rows whose programs stand side by side
 MAX_ROUNDS = 4  # such rows of tiles: of more, whole tiles divide well enough
 TIMED_DEPTH = 4096  # K, for which the tiles' times are
-# what it costs to share tiles, in times of the largest: sums are passed on through a memory that
-# all SMs keep busy, and programs at other steps share less of x. 12 to 20 us on an H100
-SHARING = 0.35
+# elements of a weight that come from memory in the time of the largest tile
+READ_SIZE = 77_000_000
+# what it costs to share tiles, in times of the largest and for each SM: sums are passed on through
+# a memory that all SMs keep busy, and programs at other steps share less of x. On all SMs of an
+# H100 some 20 us
+SHARING = 0.45 / 132
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,19 @@ class Plan:
         return min(_num_tiles(num_tokens, width, self.tile), num_sms)
 
 
-def ring_tile(consumers: int, rows: int, block_n: int, *, gated: bool) -> Tile:
+def ring_tile(
+    consumers: int, rows: int, block_n: int, *, gated: bool, max_stages: int = MAX_STAGES
+) -> Tile:
     """A tile of `rows` rows for each consumer, four warps, with the deepest ring that fits."""
     block_m = consumers * rows
     stage_bytes = (block_m + ring_width(block_n, gated)) * BLOCK_K * 2
-    left = SHARED_BYTES - consumers * OUT_BUFFERS * CHUNK_SIZE * 2
+    left = SHARED_BYTES - consumers * OUT_BUFFERS * min(CHUNK_SIZE, rows * block_n) * 2
     return Tile(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         num_warps=4 * consumers,
-        num_stages=min(left // stage_bytes, MAX_STAGES),
+        num_stages=min(left // stage_bytes, max_stages),
     )
 
 
@@ -68,11 +74,13 @@ GATED_TILES = (
     (ring_tile(2, 64, 128, gated=True), 1.0),
     (ring_tile(2, 128, 64, gated=True), 1.01),
     (ring_tile(2, 64, 64, gated=True), 0.61),
-    (ring_tile(1, 64, 64, gated=True), 0.33),
+    (ring_tile(1, 64, 64, gated=True), 0.41),
 )
 # where all tokens fit one row of tiles, it is the weights' bytes that take the time
-FLAT_PLAIN_TILE = ring_tile(1, TALL_BLOCK_M, 64, gated=False)
-FLAT_GATED_TILE = ring_tile(1, TALL_BLOCK_M, 32, gated=True)
+FLAT_PLAIN_TILES = tuple(
+    ring_tile(1, TALL_BLOCK_M, width, gated=False, max_stages=DEEP_STAGES) for width in (64, 32)
+)
+FLAT_GATED_TILES = (ring_tile(1, TALL_BLOCK_M, 32, gated=True, max_stages=DEEP_STAGES),)
 
 
 def choose_plan(
@@ -81,19 +89,36 @@ def choose_plan(
     """For [num_tokens, depth] x [depth, width] on so many SMs: that whose fullest SM is through
     first."""
     if num_tokens <= TALL_BLOCK_M:
-        return Plan(FLAT_GATED_TILE if gated else FLAT_PLAIN_TILE)
+        return Plan(_flat_tile(width, num_sms, gated=gated))
     tiles = GATED_TILES if gated else PLAIN_TILES
-    costs = {
-        Plan(tile): cdiv(_num_tiles(num_tokens, width, tile), num_sms) * time * depth / TIMED_DEPTH
-        for tile, time in tiles
+    read_time = ring_width(width, gated) * depth / READ_SIZE
+    costs = {  # of those through when the weights are, the smallest, which evens out best
+        Plan(tile): max(
+            _rounds(num_tokens, width, tile, num_sms) * time * depth / TIMED_DEPTH, read_time
+        )
+        for tile, time in reversed(tiles)
     }
     largest, time = tiles[0]
     side = _side(cdiv(num_tokens, largest.BLOCK_M))
-    if may_share and 0 < side <= num_sms:
+    if may_share and 1 < side <= num_sms:  # alone, a row of tiles is bound by its weights' bytes
         columns = _num_tiles(num_tokens, width, largest) / side / (num_sms // side)
         if columns >= 1:  # a sum is made in order: cut in more pieces, none would be through sooner
-            costs[Plan(largest, side)] = columns * time * depth / TIMED_DEPTH + SHARING
+            costs[Plan(largest, side)] = columns * time * depth / TIMED_DEPTH + SHARING * num_sms
     return min(costs, key=costs.__getitem__)
+
+
+def _flat_tile(width: int, num_sms: int, *, gated: bool) -> Tile:
+    """That of which the fullest SM has the fewest columns."""
+
+    def columns(tile: Tile) -> int:
+        return _rounds(TALL_BLOCK_M, width, tile, num_sms) * tile.BLOCK_N
+
+    return min(FLAT_GATED_TILES if gated else FLAT_PLAIN_TILES, key=columns)
+
+
+def _rounds(num_tokens: int, width: int, tile: Tile, num_sms: int) -> int:
+    """Tiles of the fullest SM."""
+    return cdiv(_num_tiles(num_tokens, width, tile), num_sms)
 
 
 def _num_tiles(num_tokens: int, width: int, tile: Tile) -> int:

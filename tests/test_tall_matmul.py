@@ -14,12 +14,13 @@ from kernels import MatmulWorkspace, Tile, matmul_workspace, reference, tall_dea
 from kernels.hopper import has_wgmma
 from kernels.tall_matmul import has_form, launch_tall_matmul
 from kernels.tall_plan import (
-    FLAT_GATED_TILE,
-    FLAT_PLAIN_TILE,
+    DEEP_STAGES,
+    FLAT_GATED_TILES,
+    FLAT_PLAIN_TILES,
     GATED_TILES,
     MAX_SIDE,
-    MAX_STAGES,
     PLAIN_TILES,
+    READ_SIZE,
     Plan,
     choose_plan,
 )
@@ -33,8 +34,8 @@ device = torch.device(DEVICE)
 CHOICES = [
     pytest.param(tile, gated, id=f"{'gated-' * gated}{tile.BLOCK_M}x{tile.BLOCK_N}")
     for gated, tiles in (
-        (False, (FLAT_PLAIN_TILE, *(tile for tile, _ in PLAIN_TILES))),
-        (True, (FLAT_GATED_TILE, *(tile for tile, _ in GATED_TILES))),
+        (False, (*FLAT_PLAIN_TILES, *(tile for tile, _ in PLAIN_TILES))),
+        (True, (*FLAT_GATED_TILES, *(tile for tile, _ in GATED_TILES))),
     )
     for tile in dict.fromkeys(tiles)
 ]
@@ -50,7 +51,7 @@ def on_hopper(test):
 @pytest.mark.parametrize("tile, gated", CHOICES)
 def test_tiles_of_the_tables_have_a_form_and_a_ring_that_overlaps(tile, gated):
     assert has_form(tile, gated=gated)
-    assert 4 <= tile.num_stages <= MAX_STAGES
+    assert 4 <= tile.num_stages <= DEEP_STAGES
 
 
 @given(
@@ -60,12 +61,27 @@ def test_tiles_of_the_tables_have_a_form_and_a_ring_that_overlaps(tile, gated):
     gated=st.booleans(),
 )
 def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, num_sms, gated):
+    read_time = N * (2 if gated else 1) * 4096 / READ_SIZE
     costs = {
-        tile: cdiv(cdiv(T, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), num_sms) * time
+        tile: max(cdiv(cdiv(T, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), num_sms) * time, read_time)
         for tile, time in (GATED_TILES if gated else PLAIN_TILES)
     }
     plan = choose_plan(T, N, 4096, num_sms, gated=gated, may_share=False)
     assert plan.side == 0 and costs[plan.tile] == min(costs.values())
+
+
+@pytest.mark.parametrize(
+    "width, num_sms, block_n",
+    [
+        (4096, 132, 32),  # 128 programs, where 64 would not keep memory busy
+        (6144, 132, 64),  # 96, where 192 would take two rounds and read x twice as often
+        (4096, 48, 32),
+        (1024, 132, 32),
+    ],
+)
+def test_few_tokens_have_tiles_that_keep_the_sms_evenly_busy(width, num_sms, block_n):
+    plan = choose_plan(16, width, 4096, num_sms, gated=False, may_share=True)
+    assert (plan.tile.BLOCK_M, plan.tile.BLOCK_N, plan.side) == (64, block_n, 0)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +91,9 @@ def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, num_sms, gate
         ((512, 12288, 4096), 76, 4),
         ((512, 12288, 4096), 96, 0),  # 4 rounds, and nothing left over
         ((512, 12288, 4096), 132, 0),
+        ((256, 12288, 4096), 84, 2),
+        ((256, 12288, 4096), 132, 0),  # 1.45 each and what sharing costs, or a small tile's 3
+        ((128, 12288, 4096), 84, 0),  # one row of tiles
         ((300, 12288, 4096), 68, 3),
         ((4096, 12288, 4096), 84, 0),
         ((64, 12288, 4096), 84, 0),
@@ -180,11 +199,13 @@ def test_without_hopper_nothing_is_taken():
 
 def launch(
     T: int, N: int, K: int, extras: str, tile: Tile | None, *, gated: bool, dtype: torch.dtype,
-    num_sms: int | None = None, workspace: MatmulWorkspace | None = None,
+    num_sms: int | None = None, workspace: MatmulWorkspace | None = None, num_behind: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out amid NaN, what it is to be, the scale of its sums). extras: norm, bias, residual."""
+    """(out amid NaN, what it is to be, the scale of its sums). extras: norm, bias, residual;
+    num_behind: rows of NaN that follow x in its storage."""
     rows = 2 * N if gated else N
     x, weight, bias, residual = randn(0, (T, K), (rows, K), (N,), (T, N), dtype=dtype)
+    x = torch.cat([x, torch.full_like(x[:1], float("nan")).expand(num_behind, K)])[:T]
     weight = weight * K**-0.5
     held = torch.full((T + 130, N + 264), float("nan"), dtype=dtype, device=device)
     out = held[:T, :N]
@@ -217,8 +238,12 @@ def test_every_tile_matches_the_reference(tile, gated, dtype):
         for T in (2, 17, 64, 65, 129, 300):
             # part of a tile and some; fewer steps than the ring has buffers, and many rounds of it
             for N, K in ((24, 72), (2 * tile.BLOCK_N + 24, 1288)):
-                actual, expected, scale = launch(T, N, K, extras, tile, gated=gated, dtype=dtype)
+                options = {"gated": gated, "dtype": dtype}
+                actual, expected, scale = launch(T, N, K, extras, tile, **options)
                 assert_close(actual, expected, scale=scale)
+                for num_behind in (5, 70):
+                    again, _, _ = launch(T, N, K, extras, tile, num_behind=num_behind, **options)
+                    assert_same_bits(again, actual)
 
 
 @on_hopper
