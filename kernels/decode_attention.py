@@ -3,9 +3,9 @@
 Flash-decoding (Dao et al., 2023) with its work dealt out as Stream-K does (Osama et al., 2023). A
 context is cut into splits by its own length alone; all splits of the batch, one request after the
 other, are dealt in runs of equal length to groups of programs, one for each kv head, that read the
-same blocks side by side. Each split is summed up by itself, and a request's splits are always
-joined by the same arithmetic, so that its output does not depend, to the bit, on its neighbours or
-on how many programs there are.
+same blocks side by side; of large batches on Hopper, an eighth to whoever is through first. Each
+split is summed up by itself, and a request's splits are always joined by the same arithmetic, so
+that its output does not depend, to the bit, on its neighbours or on how many programs there are.
 
 On Hopper by `decode_pipeline`, elsewhere and for what that does not take by `decode_plain`.
 """
@@ -36,8 +36,12 @@ MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves progra
 FEW_SPLITS = 4  # into so many, if each has the least
 SPLIT_UNIT = 64  # tokens that a split is a multiple of, and splits are dealt out by
 MAX_SPLITS = 64  # splits of one context
+TAIL_PART = 8  # of a large batch, the part that the pipeline's groups come for: an eighth
+TAIL_SHARES = 2  # pieces of it for each group
+MIN_TAIL = 4  # units of it for each group: one split's
 JOIN_AHEAD = 8  # partial results that are loaded together when splits are joined
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
+MAX_BLOCK_B = 256  # of the pipeline, which looks at more requests one part after the other
 
 # of the plain kernel
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
@@ -54,12 +58,14 @@ PIPELINE_STAGES = 3
 class DecodeWorkspace:
     """Scratch of `decode_attention`, for one stream at a time; counters start and end at zero.
 
-    Two places for each program, each for the splits of one request.
+    Places hold the splits of one request: each program has one, and so has each share that work is
+    dealt out in.
     """
 
     partial: Tensor  # [places, MAX_SPLITS, H / H_KV, D] fp32, each split's weighted values
     max_sum: Tensor  # [places, MAX_SPLITS, H / H_KV, 2] fp32, its maximum (base 2) and sum
     arrived: Tensor  # [places] int32, splits that are done
+    taken: Tensor  # [H_KV] int32, shares of the tail that programs have come for
 
 
 def decode_workspace(
@@ -67,17 +73,25 @@ def decode_workspace(
 ) -> DecodeWorkspace:
     """Scratch for batches of any size on `device`, whichever kernel takes them."""
     device = torch.device(device)
-    programs = [
-        _num_programs(device_sms(device), device, num_kv_heads, is_pipeline=is_pipeline)
+    places = max(
+        _num_places(
+            _num_programs(device_sms(device), device, num_kv_heads, is_pipeline=is_pipeline),
+            is_pipeline=is_pipeline,
+        )
         for is_pipeline in (False, True)
-    ]
-    places = 2 * max(programs)
+    )
     shape = (places, MAX_SPLITS, num_heads // num_kv_heads)
     return DecodeWorkspace(
         partial=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
         max_sum=torch.empty(*shape, 2, dtype=torch.float32, device=device),
         arrived=torch.zeros(places, dtype=torch.int32, device=device),
+        taken=torch.zeros(num_kv_heads, dtype=torch.int32, device=device),
     )
+
+
+def _num_places(num_programs: int, *, is_pipeline: bool) -> int:
+    """One for each program, and one for each of its shares."""
+    return num_programs * (2 + TAIL_SHARES if is_pipeline else 2)
 
 
 def _num_programs(
@@ -149,8 +163,9 @@ def decode_attention(
         workspace = decode_workspace(num_heads, num_kv_heads, head_dim, q.device)
     group = num_heads // num_kv_heads
     places, _, *held = workspace.partial.shape
-    if places < 2 * num_programs or held != [group, head_dim]:
-        wanted = f"[>= {2 * num_programs}, {MAX_SPLITS}, {group}, {head_dim}]"
+    num_places = _num_places(num_programs, is_pipeline=is_pipeline)
+    if places < num_places or held != [group, head_dim]:
+        wanted = f"[>= {num_places}, {MAX_SPLITS}, {group}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
     if tile is None and is_pipeline:
         tile = choose_pipeline_tile(block_size, head_dim)
@@ -239,6 +254,7 @@ def _launch_pipeline(
 ) -> None:
     """The same for what the pipeline `takes`."""
     group = q.shape[1] // kv_cache.shape[3]
+    options = _options(q, kv_cache)
     pool = hopper.describe_pool(kv_cache)
     _decode_pipeline_kernel[(num_programs,)](
         q,
@@ -248,6 +264,7 @@ def _launch_pipeline(
         workspace.partial,
         workspace.max_sum,
         workspace.arrived,
+        workspace.taken,
         out,
         len(q),
         scale * math.log2(math.e),
@@ -260,10 +277,13 @@ def _launch_pipeline(
         pool.rows_to_v,
         pool.num_rows,
         SPLIT_UNIT=SPLIT_UNIT,
+        TAIL_PART=TAIL_PART,
+        TAIL_SHARES=TAIL_SHARES,
+        MIN_TAIL=MIN_TAIL,
         # one warp has them all in its registers
         JOIN_AHEAD=max(2 * JOIN_AHEAD // max(next_power_of_2(group), 2), 1),
         BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages,
         num_warps=1,
-        **_options(q, kv_cache),
+        **options | {"BLOCK_B": min(options["BLOCK_B"], MAX_BLOCK_B)},
     )

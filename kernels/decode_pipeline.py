@@ -1,8 +1,8 @@
 """The kernel of decode attention on Hopper: each warp by itself, fed by the copy engine, in Gluon.
 
 A program is one warp, so that nothing in its loop waits for other warps; it fills its own ring of
-buffers through TMA, which leaves the addresses and the bytes in flight to the copy engine. The
-splits, how they are dealt out and joined: see `decode_attention`.
+buffers through TMA, which leaves the addresses and the bytes in flight to the copy engine. What the
+splits are, see `decode_attention`; how they are dealt out and joined, `decode_deal`, `decode_join`.
 """
 
 from triton.experimental import gluon
@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
+from kernels.decode_deal import cut, next_share, open_share
 from kernels.decode_join import LOWEST, join_splits, store_out
 from kernels.hopper import (
     PIECE_D,
@@ -63,25 +64,6 @@ def _load_step(ring, kv_desc, stage, rows, rows_to_v, column):
             corner = column + piece * PIECE_D
             tma_load(kv_desc, [rows[i], corner], ready, ring.k.index(at))
             tma_load(kv_desc, [rows[i] + rows_to_v, corner], ready, ring.v.index(at))
-
-
-@gluon.jit
-def _cut(
-    context_len, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr, FEW_SPLITS: gl.constexpr,
-    MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
-):  # fmt: skip
-    """(splits, tokens in each) of a context: multiples of SPLIT_UNIT, at most MAX_SPLITS splits."""
-    even = (context_len + MAX_SPLITS - 1) // MAX_SPLITS
-    few = (context_len + FEW_SPLITS - 1) // FEW_SPLITS
-    least = gl.minimum(gl.maximum(few, MIN_SPLIT_LEN), SPLIT_LEN)
-    split_len = (gl.maximum(even, least) + SPLIT_UNIT - 1) // SPLIT_UNIT * SPLIT_UNIT
-    # an empty context is one split of no tokens, so that a padding row is written too
-    return gl.maximum((context_len + split_len - 1) // split_len, 1), split_len
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -186,6 +168,7 @@ def _decode_pipeline_kernel(
     partial_ptr,
     max_sum_ptr,
     arrived_ptr,
+    taken_ptr,
     out_ptr,
     B,
     scale_log2,
@@ -205,6 +188,9 @@ def _decode_pipeline_kernel(
     FEW_SPLITS: gl.constexpr,
     MAX_SPLITS: gl.constexpr,
     SPLIT_UNIT: gl.constexpr,
+    TAIL_PART: gl.constexpr,
+    TAIL_SHARES: gl.constexpr,
+    MIN_TAIL: gl.constexpr,
     JOIN_AHEAD: gl.constexpr,
     BLOCK_B: gl.constexpr,
     BLOCK_J: gl.constexpr,
@@ -229,63 +215,60 @@ def _decode_pipeline_kernel(
     ring = Ring(k_bufs, v_bufs, full, STAGES, BLOCK_N, BLOCK_SIZE, D)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    LANES: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
     kv_head, group = gl.program_id(0) % H_KV, gl.program_id(0) // H_KV
     num_groups = gl.num_programs(0) // H_KV
-    offs_b = gl.arange(0, BLOCK_B, LANES)
-    lens = gl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
-    splits, lens_of_splits = _cut(
-        lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT
-    )
-    units = gl.where(offs_b < B, splits * (lens_of_splits // SPLIT_UNIT), 0)
-    ends = gl.associative_scan(units, 0, _add)
-    in_all = gl.sum(units, axis=0)
-    share, share_end = in_all * group // num_groups, in_all * (group + 1) // num_groups
-    b = gl.sum((ends <= share).to(gl.int32), axis=0)
-    base = gl.sum(gl.where(offs_b < b, units, 0), axis=0)
-    if PDL:
-        gdc_wait()
     offs_g = gl.arange(0, ROWS, gl.SliceLayout(1, Q_LAYOUT))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
     step_count = 0
-    while base < share_end:
-        context_len = gl.load(context_lens_ptr + b)
-        num_splits, split_len = _cut(
-            context_len, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT
-        )
-        split_units = split_len // SPLIT_UNIT
-        first_split = gl.maximum((share - base + split_units - 1) // split_units, 0)
-        end_split = gl.minimum((share_end - base + split_units - 1) // split_units, num_splits)
-        done = end_split - first_split
-        is_shared = done < num_splits
-        first = ((base + 1) * num_groups - 1) // in_all
-        place = gl.where(is_shared, first, num_groups + group) * H_KV + kv_head
-        partial_at = partial_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * D
-        max_sum_at = max_sum_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * 2
-        heads = kv_head * GROUP + offs_g
-        b64 = b.to(gl.int64)
-        q_ptrs = q_ptr + b64 * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
-        q = gl.load(q_ptrs, mask=(offs_g < GROUP)[:, None] & (offs_d < D)[None, :], other=0.0)
-        total, acc, step_count = _attend_run(
-            ring, kv_desc, q, step_count, block_table_ptr + b64 * stride_table_b, first_split,
-            end_split, split_len, context_len, scale_log2, rows_per_block, rows_to_v, past,
-            kv_head * D, partial_at, max_sum_at, num_splits > 1, GROUP,
+    share = group
+    while share >= 0:
+        num_tail, start, end, b, base, first = open_share(
+            share, context_lens_ptr, B, num_groups, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS,
+            MAX_SPLITS, SPLIT_UNIT, TAIL_PART, TAIL_SHARES, MIN_TAIL, BLOCK_B,
         )  # fmt: skip
-        out_at = out_ptr + b64 * stride_o_b + kv_head * GROUP * stride_o_h
-        if (num_splits == 1) & (done == 1):
-            store_out(out_at, total, acc, stride_o_h, GROUP)
-        elif done > 0:
-            # every lane's partials must be out before one counts them as arrived
-            thread_barrier()
-            if is_shared:
-                done += gl.atomic_add(arrived_ptr + place, done, sem="acq_rel")
-            if done == num_splits:
-                gl.store(arrived_ptr + place, 0)
-                joined_total, joined = join_splits(
-                    partial_at, max_sum_at, num_splits, GROUP, D, JOIN_AHEAD, BLOCK_J
-                )
-                store_out(out_at, joined_total, joined, stride_o_h, GROUP)
-            # the next request may use the same place
-            thread_barrier()
-        base += num_splits * split_units
-        b += 1
+        if PDL:
+            gdc_wait()  # it holds but the first time
+        while base < end:
+            context_len = gl.load(context_lens_ptr + b)
+            num_splits, split_len = cut(
+                context_len, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT
+            )
+            split_units = split_len // SPLIT_UNIT
+            first_split = gl.maximum((start - base + split_units - 1) // split_units, 0)
+            end_split = gl.minimum((end - base + split_units - 1) // split_units, num_splits)
+            # programs that share a context work in the place of the share that it begins in; what a
+            # program has to itself goes to its own, for the former may still be in use
+            done = end_split - first_split
+            is_shared = done < num_splits
+            own = (1 + TAIL_SHARES) * num_groups + group
+            place = gl.where(is_shared, gl.where(base < start, first, share), own) * H_KV + kv_head
+            partial_at = partial_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * D
+            max_sum_at = max_sum_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * 2
+            heads = kv_head * GROUP + offs_g
+            b64 = b.to(gl.int64)
+            q_ptrs = q_ptr + b64 * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
+            q = gl.load(q_ptrs, mask=(offs_g < GROUP)[:, None] & (offs_d < D)[None, :], other=0.0)
+            total, acc, step_count = _attend_run(
+                ring, kv_desc, q, step_count, block_table_ptr + b64 * stride_table_b, first_split,
+                end_split, split_len, context_len, scale_log2, rows_per_block, rows_to_v, past,
+                kv_head * D, partial_at, max_sum_at, num_splits > 1, GROUP,
+            )  # fmt: skip
+            out_at = out_ptr + b64 * stride_o_b + kv_head * GROUP * stride_o_h
+            if (num_splits == 1) & (done == 1):
+                store_out(out_at, total, acc, stride_o_h, GROUP)
+            elif done > 0:
+                # every lane's partials must be out before one counts them as arrived
+                thread_barrier()
+                if is_shared:
+                    done += gl.atomic_add(arrived_ptr + place, done, sem="acq_rel")
+                if done == num_splits:
+                    gl.store(arrived_ptr + place, 0)
+                    joined_total, joined = join_splits(
+                        partial_at, max_sum_at, num_splits, GROUP, D, JOIN_AHEAD, BLOCK_J
+                    )
+                    store_out(out_at, joined_total, joined, stride_o_h, GROUP)
+                # the next request may use the same place
+                thread_barrier()
+            base += num_splits * split_units
+            b += 1
+        share = next_share(taken_ptr + kv_head, num_groups, num_tail)

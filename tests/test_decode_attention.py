@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels import reference
+from kernels import decode_deal, reference
 from kernels.decode_attention import decode_workspace
 from kernels.hopper import has_wgmma
 from kernels.tile import Tile
@@ -119,7 +119,7 @@ def test_workspace_is_reused_from_batch_to_batch(batches, dtype, seed):
         actual = attend(batch, workspace=workspace)
         assert_attended(actual, expect(batch))
         assert_same_bits(actual, attend(batch))
-        assert not workspace.arrived.any()
+        assert not workspace.arrived.any() and not workspace.taken.any()
 
 
 @given(layout=layouts(max_requests=5), dtype=dtypes, seed=seeds)
@@ -138,6 +138,50 @@ def test_decode_attention_gives_the_same_bits_on_every_partition(layout, num_sms
     pool = batch.pool.clone()
     assert_same_bits(attend(batch, num_sms=num_sms), attend(batch))
     assert_same_bits(batch.pool, pool)
+
+
+class Scalars:
+    """What the arithmetic of `decode_deal` takes of Gluon."""
+
+    maximum = staticmethod(max)
+    where = staticmethod(lambda condition, yes, no: yes if condition else no)
+
+
+@given(in_all=st.integers(1, 5000), num_groups=st.integers(1, 70), min_tail=st.integers(1, 8))
+@example(4096, 66, 4)
+@example(1, 66, 4)
+def test_shares_have_every_unit_once_and_small_batches_no_tail(in_all, num_groups, min_tail):
+    with patch.object(decode_deal, "gl", Scalars):
+        front, num_tail = decode_deal.tail_of.fn(in_all, num_groups, 8, 2, min_tail)
+        assert (num_tail, front) in [(0, in_all), (2 * num_groups, in_all - in_all // 8)]
+        assert (num_tail > 0) == (in_all // 8 >= min_tail * num_groups)
+        shape, at = (in_all, front, num_groups, num_tail), 0
+        for share in range(num_groups + num_tail):
+            start, end = decode_deal.share_at.fn(share, *shape)
+            assert start == at
+            for unit in range(start, end):
+                assert decode_deal.share_with.fn(unit, *shape) == share
+            at = end
+        assert at == in_all
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", [(3000, 0, 1, 5000, 900, 64, 700), (40,) * 300 + (4000, 1, 3000)])
+def test_a_tail_changes_no_bit_and_leaves_its_counters_at_zero(lens):
+    """Who comes for which share of it differs from launch to launch; few SMs have a long one."""
+    if not has_wgmma(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU")
+    heads = {"num_kv_heads": 2, "group": 3, "head_dim": 64}
+    batch = Layout(context_lens=lens, **heads).build(torch.bfloat16, 0)
+    workspace = decode_workspace(6, 2, 64, DEVICE)
+    with patch.multiple(decode_attention, MIN_TAIL=10**6):
+        even = attend(batch, workspace=workspace)
+    assert_attended(even, expect(batch))
+    for num_sms, min_tail in [(1, 4), (2, 4), (7, 1), (None, 1)] * 3:
+        workspace.partial.fill_(float("nan"))
+        with patch.multiple(decode_attention, MIN_TAIL=min_tail):
+            assert_same_bits(attend(batch, workspace=workspace, num_sms=num_sms), even)
+        assert not workspace.arrived.any() and not workspace.taken.any()
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -1,0 +1,140 @@
+"""How `decode_pipeline` deals splits out to its programs.
+
+All splits of a batch, one request after the other, are cut into shares of equal length: a front
+share for each group of programs, and, of large batches, a tail of small ones that groups come for
+as they get through. SMs that stand close together read more slowly when all do, some by a tenth:
+what one of them is late with in front, the others take from the tail.
+
+Lengths are in units of tokens; a split belongs to the share that it begins in. Kv heads are dealt
+out apart: each has a program in every group, and a counter of what was taken of its tail.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def cut(
+    context_len, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr, FEW_SPLITS: gl.constexpr,
+    MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
+):  # fmt: skip
+    """(splits, tokens in each) of a context: multiples of SPLIT_UNIT, at most MAX_SPLITS splits."""
+    even = (context_len + MAX_SPLITS - 1) // MAX_SPLITS
+    few = (context_len + FEW_SPLITS - 1) // FEW_SPLITS
+    least = gl.minimum(gl.maximum(few, MIN_SPLIT_LEN), SPLIT_LEN)
+    split_len = (gl.maximum(even, least) + SPLIT_UNIT - 1) // SPLIT_UNIT * SPLIT_UNIT
+    # an empty context is one split of no tokens, so that a padding row is written too
+    return gl.maximum((context_len + split_len - 1) // split_len, 1), split_len
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _units_of(
+    context_lens_ptr, first, B, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
+    FEW_SPLITS: gl.constexpr, MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """[COUNT] units of the splits of each request from the first on; 0 past the last of B."""
+    LANES: gl.constexpr = gl.BlockedLayout([COUNT // 32], [32], [1], [0])
+    offs_b = first + gl.arange(0, COUNT, LANES)
+    lens = gl.load(context_lens_ptr + offs_b, mask=offs_b < B, other=0)
+    splits, split_lens = cut(lens, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT)
+    return gl.where(offs_b < B, splits * (split_lens // SPLIT_UNIT), 0)
+
+
+@gluon.jit
+def _requests_before(unit, units):
+    """(how many requests end before this unit, their units)."""
+    is_before = gl.associative_scan(units, 0, _add) <= unit
+    return gl.sum(is_before.to(gl.int32), axis=0), gl.sum(gl.where(is_before, units, 0), axis=0)
+
+
+@gluon.jit
+def tail_of(
+    in_all, num_groups, TAIL_PART: gl.constexpr, TAIL_SHARES: gl.constexpr, MIN_TAIL: gl.constexpr
+):
+    """(units in front, shares of the tail): none where each group's part of it would be small."""
+    tail = in_all // TAIL_PART
+    tail = gl.where(tail >= MIN_TAIL * num_groups, tail, 0)
+    return in_all - tail, gl.where(tail > 0, TAIL_SHARES * num_groups, 0)
+
+
+@gluon.jit
+def share_at(i, in_all, front, num_groups, num_tail):
+    """(first unit of share i, the one behind its last). front: units of the first num_groups."""
+    j = i - num_groups
+    parts = gl.maximum(num_tail, 1)
+    tail = in_all - front
+    start = gl.where(j < 0, front * i // num_groups, front + tail * j // parts)
+    end = gl.where(j < 0, front * (i + 1) // num_groups, front + tail * (j + 1) // parts)
+    return start, end
+
+
+@gluon.jit
+def share_with(unit, in_all, front, num_groups, num_tail):
+    """Which share has this unit."""
+    tail = gl.maximum(in_all - front, 1)
+    of_tail = num_groups + ((unit - front + 1) * num_tail - 1) // tail
+    return gl.where(unit < front, ((unit + 1) * num_groups - 1) // front, of_tail)
+
+
+@gluon.jit
+def _uniform(x):
+    """x, which all lanes have alike, and which the compiler then knows: it takes one register of
+    the warp instead of one of each lane."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def open_share(
+    share, context_lens_ptr, B, num_groups, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
+    FEW_SPLITS: gl.constexpr, MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
+    TAIL_PART: gl.constexpr, TAIL_SHARES: gl.constexpr, MIN_TAIL: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+):  # fmt: skip
+    """(shares of the tail, the share's first unit and the one behind its last, the request that has
+    the first, units of those before it, the share that this request begins in). BLOCK_B: requests
+    looked at together."""
+    in_all = 0
+    for i in range(0, B, BLOCK_B):
+        units = _units_of(
+            context_lens_ptr, i, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
+            BLOCK_B,
+        )  # fmt: skip
+        in_all += gl.sum(units, axis=0)
+    front, num_tail = tail_of(in_all, num_groups, TAIL_PART, TAIL_SHARES, MIN_TAIL)
+    start, end = share_at(share, in_all, front, num_groups, num_tail)
+    b, base, behind = 0, 0, 0
+    for i in range(0, B, BLOCK_B):
+        units = _units_of(
+            context_lens_ptr, i, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
+            BLOCK_B,
+        )  # fmt: skip
+        num_before, units_before = _requests_before(start - behind, units)
+        b += num_before
+        base += units_before
+        behind += gl.sum(units, axis=0)
+    first = share_with(base, in_all, front, num_groups, num_tail)
+    shape = (_uniform(num_tail), _uniform(start), _uniform(end), _uniform(b), _uniform(base))
+    return shape + (_uniform(first),)  # noqa: RUF005  Triton knows no star in a tuple
+
+
+@gluon.jit
+def next_share(taken_ptr, num_groups, num_tail):
+    """The next share of the tail, -1 where none is left. Each group asks once too often: who is the
+    last to do so leaves zero for the next launch."""
+    share = -1
+    if num_tail > 0:
+        taken = gl.atomic_add(taken_ptr, 1, sem="relaxed")
+        if taken < num_tail:
+            share = num_groups + taken
+        elif taken == num_tail + num_groups - 1:
+            gl.store(taken_ptr, 0)
+    return share
