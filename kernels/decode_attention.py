@@ -3,7 +3,7 @@
 Flash-decoding (Dao et al., 2023) with its work dealt out as Stream-K does (Osama et al., 2023). A
 context is cut into splits by its own length alone; all splits of the batch, one request after the
 other, are dealt in runs of equal length to groups of programs, one for each kv head, that read the
-same blocks side by side; of large batches on Hopper, an eighth to whoever is through first. Each
+same blocks side by side; of large batches on Hopper, a quarter to whoever is through first. Each
 split is summed up by itself, and a request's splits are always joined by the same arithmetic, so
 that its output does not depend, to the bit, on its neighbours or on how many programs there are.
 
@@ -23,6 +23,7 @@ from kernels.decode_plain import _decode_attention_kernel
 from kernels.dependent_launch import launch_options
 from kernels.tile import (
     Tile,
+    cdiv,
     device_sms,
     dot_precision,
     next_power_of_2,
@@ -36,8 +37,8 @@ MIN_SPLIT_LEN = 64  # a context of few tokens is cut finer, for it leaves progra
 FEW_SPLITS = 4  # into so many, if each has the least
 SPLIT_UNIT = 64  # tokens that a split is a multiple of, and splits are dealt out by
 MAX_SPLITS = 64  # splits of one context
-TAIL_PART = 8  # of a large batch, the part that the pipeline's groups come for: an eighth
-TAIL_SHARES = 2  # pieces of it for each group
+TAIL_PART = 4  # of a large batch, the part that the pipeline's groups come for: a quarter
+TAIL_SHARES = 4  # pieces of it for each group
 MIN_TAIL = 4  # units of it for each group: one split's
 JOIN_AHEAD = 8  # partial results that are loaded together when splits are joined
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
@@ -62,16 +63,22 @@ class DecodeWorkspace:
     dealt out in.
     """
 
-    partial: Tensor  # [places, MAX_SPLITS, H / H_KV, D] fp32, each split's weighted values
-    max_sum: Tensor  # [places, MAX_SPLITS, H / H_KV, 2] fp32, its maximum (base 2) and sum
+    partial: Tensor  # [places, splits, H / H_KV, D] fp32, each split's weighted values
+    max_sum: Tensor  # [places, splits, H / H_KV, 2] fp32, its maximum (base 2) and sum
     arrived: Tensor  # [places] int32, splits that are done
     taken: Tensor  # [H_KV] int32, shares of the tail that programs have come for
 
 
 def decode_workspace(
-    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | str,
+    *,
+    max_context: int | None = None,
 ) -> DecodeWorkspace:
-    """Scratch for batches of any size on `device`, whichever kernel takes them."""
+    """Scratch for batches of any size on `device`, whichever kernel takes them. max_context: tokens
+    that a block table has room for, at most; None: any number."""
     device = torch.device(device)
     places = max(
         _num_places(
@@ -80,13 +87,19 @@ def decode_workspace(
         )
         for is_pipeline in (False, True)
     )
-    shape = (places, MAX_SPLITS, num_heads // num_kv_heads)
+    num_splits = MAX_SPLITS if max_context is None else _most_splits(max_context)
+    shape = (places, num_splits, num_heads // num_kv_heads)
     return DecodeWorkspace(
         partial=torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
         max_sum=torch.empty(*shape, 2, dtype=torch.float32, device=device),
         arrived=torch.zeros(places, dtype=torch.int32, device=device),
         taken=torch.zeros(num_kv_heads, dtype=torch.int32, device=device),
     )
+
+
+def _most_splits(max_context: int) -> int:
+    """Of any context up to that."""
+    return min(max(cdiv(max_context, SPLIT_LEN), FEW_SPLITS), MAX_SPLITS)
 
 
 def _num_places(num_programs: int, *, is_pipeline: bool) -> int:
@@ -160,13 +173,16 @@ def decode_attention(
     sms = device_sms(q.device) if num_sms is None else num_sms
     num_programs = _num_programs(sms, q.device, num_kv_heads, is_pipeline=is_pipeline)
     if workspace is None:
-        workspace = decode_workspace(num_heads, num_kv_heads, head_dim, q.device)
+        heads = num_heads, num_kv_heads, head_dim
+        max_context = block_table.shape[1] * block_size
+        workspace = decode_workspace(*heads, q.device, max_context=max_context)
     group = num_heads // num_kv_heads
-    places, _, *held = workspace.partial.shape
+    places, splits, *held = workspace.partial.shape
     num_places = _num_places(num_programs, is_pipeline=is_pipeline)
-    if places < num_places or held != [group, head_dim]:
-        wanted = f"[>= {num_places}, {MAX_SPLITS}, {group}, {head_dim}]"
-        raise ValueError(f"workspace must hold {wanted} sums, got {[places, MAX_SPLITS, *held]}")
+    num_splits = _most_splits(block_table.shape[1] * block_size)
+    if places < num_places or splits < num_splits or held != [group, head_dim]:
+        wanted = f"[>= {num_places}, >= {num_splits}, {group}, {head_dim}]"
+        raise ValueError(f"workspace must hold {wanted} sums, got {[places, splits, *held]}")
     if tile is None and is_pipeline:
         tile = choose_pipeline_tile(block_size, head_dim)
     elif tile is None:
@@ -220,6 +236,7 @@ def _launch_plain(
         workspace.max_sum,
         workspace.arrived,
         out,
+        workspace.partial.shape[1],
         len(q),
         scale * math.log2(math.e),
         q.stride(0),
@@ -266,6 +283,7 @@ def _launch_pipeline(
         workspace.arrived,
         workspace.taken,
         out,
+        workspace.partial.shape[1],
         len(q),
         scale * math.log2(math.e),
         q.stride(0),

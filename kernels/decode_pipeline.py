@@ -159,7 +159,7 @@ def _attend_run(
     return total, acc, step_count
 
 
-@gluon.jit(do_not_specialize=["B", "stride_table_b", "past"])
+@gluon.jit(do_not_specialize=["splits_per_place", "B", "stride_table_b", "past"])
 def _decode_pipeline_kernel(
     q_ptr,
     kv_desc,
@@ -170,6 +170,7 @@ def _decode_pipeline_kernel(
     arrived_ptr,
     taken_ptr,
     out_ptr,
+    splits_per_place,
     B,
     scale_log2,
     stride_q_b,
@@ -242,8 +243,8 @@ def _decode_pipeline_kernel(
             is_shared = done < num_splits
             own = (1 + TAIL_SHARES) * num_groups + group
             place = gl.where(is_shared, gl.where(base < start, first, share), own) * H_KV + kv_head
-            partial_at = partial_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * D
-            max_sum_at = max_sum_ptr + place.to(gl.int64) * MAX_SPLITS * GROUP * 2
+            partial_at = partial_ptr + place.to(gl.int64) * splits_per_place * GROUP * D
+            max_sum_at = max_sum_ptr + place.to(gl.int64) * splits_per_place * GROUP * 2
             heads = kv_head * GROUP + offs_g
             b64 = b.to(gl.int64)
             q_ptrs = q_ptr + b64 * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]

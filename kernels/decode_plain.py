@@ -119,7 +119,7 @@ def _join_splits(
     return total, acc
 
 
-@triton.jit(do_not_specialize=["B", "stride_table_b"])
+@triton.jit(do_not_specialize=["splits_per_place", "B", "stride_table_b"])
 def _decode_attention_kernel(
     q_ptr,
     kv_cache_ptr,
@@ -129,6 +129,7 @@ def _decode_attention_kernel(
     max_sum_ptr,
     arrived_ptr,
     out_ptr,
+    splits_per_place,
     B,
     scale_log2,
     stride_q_b,
@@ -189,8 +190,8 @@ def _decode_attention_kernel(
         is_shared = done < num_splits
         first = ((base + 1) * num_groups - 1) // in_all
         place = tl.where(is_shared, first, num_groups + group) * H_KV + kv_head
-        partial_at = partial_ptr + place.to(tl.int64) * MAX_SPLITS * GROUP * D
-        max_sum_at = max_sum_ptr + place * MAX_SPLITS * GROUP * 2
+        partial_at = partial_ptr + place.to(tl.int64) * splits_per_place * GROUP * D
+        max_sum_at = max_sum_ptr + place.to(tl.int64) * splits_per_place * GROUP * 2
         heads = kv_head * GROUP + offs_g
         q_ptrs = q_ptr + b * stride_q_b + heads[:, None] * stride_q_h + offs_d[None, :]
         q = tl.load(q_ptrs, mask=mask_g[:, None] & mask_d[None, :], other=0.0)

@@ -157,7 +157,12 @@ def prefill_attention(
 
 
 def decode_workspace(
-    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | str,
+    *,
+    max_context: int | None = None,
 ) -> None:
     """The scratch that `decode_attention` needs here: none."""
 

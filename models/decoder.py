@@ -17,6 +17,8 @@ from torch import Tensor
 from models.config import ModelConfig, rope_table
 from models.weights import DecoderWeights, fold_norms
 
+LARGEST_BLOCK = 1024  # tokens of a KV block
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBatch:
@@ -95,9 +97,11 @@ class Decoder:
 
         workspace = None
         if decode:
-            workspace = self.ops.decode_workspace(
-                c.num_heads, c.num_kv_heads, c.head_dim, embedding.device
-            )
+            heads = c.num_heads, c.num_kv_heads, c.head_dim
+            # a table's last block may reach past the longest context
+            max_context = -(-len(self.cos_sin) // LARGEST_BLOCK) * LARGEST_BLOCK
+            options = {"device": embedding.device, "max_context": max_context}
+            workspace = self.ops.decode_workspace(*heads, **options)
         return StageBuffers(
             hidden=empty(max_tokens, c.hidden_size),
             rstd=torch.empty(max_tokens, dtype=torch.float32, device=embedding.device),

@@ -39,6 +39,7 @@ tiles = st.none() | st.builds(
     num_stages=st.just(2),  # of fp32, three do not fit a GPU's shared memory
 )
 SHIPPED = {name: getattr(decode_attention, name) for name in ("SPLIT_LEN", "MAX_SPLITS")}
+CUT = ("SPLIT_LEN", "MIN_SPLIT_LEN", "FEW_SPLITS", "MAX_SPLITS", "SPLIT_UNIT")  # what `cut` takes
 SPLIT_LEN, SPLITS = 64, 8  # in place of the launcher's: as many cases on fewer tokens
 long_lens = st.integers(1, 3 * SPLIT_LEN + 1)  # up to four splits
 many_splits = (SPLITS - 1) * SPLIT_LEN
@@ -143,7 +144,7 @@ def test_decode_attention_gives_the_same_bits_on_every_partition(layout, num_sms
 class Scalars:
     """What the arithmetic of `decode_deal` takes of Gluon."""
 
-    maximum = staticmethod(max)
+    maximum, minimum = staticmethod(max), staticmethod(min)
     where = staticmethod(lambda condition, yes, no: yes if condition else no)
 
 
@@ -163,6 +164,23 @@ def test_shares_have_every_unit_once_and_small_batches_no_tail(in_all, num_group
                 assert decode_deal.share_with.fn(unit, *shape) == share
             at = end
         assert at == in_all
+
+
+@given(max_context=st.integers(1, 100_000), less=st.integers(0, 2000))
+def test_no_context_has_more_splits_than_a_workspace_is_made_for(max_context, less):
+    lens = max(max_context - less, 0)
+    with patch.multiple(decode_attention, **SHIPPED), patch.object(decode_deal, "gl", Scalars):
+        form = [getattr(decode_attention, name) for name in CUT]
+        num_splits, split_len = decode_deal.cut.fn(lens, *form)
+        assert num_splits <= decode_attention._most_splits(max_context)
+    assert (num_splits - 1) * split_len <= max(lens - 1, 0) < num_splits * split_len
+
+
+def test_a_workspace_for_shorter_contexts_is_an_error():
+    batch = Layout(context_lens=(5 * SPLIT_LEN,), **small).build(torch.float16, 0)
+    workspace = decode_workspace(1, 1, small["head_dim"], DEVICE, max_context=4 * SPLIT_LEN)
+    with pytest.raises(ValueError, match=r"workspace must hold \[>= \d+, >= 5, 1, 16\] sums, got"):
+        attend(batch, workspace=workspace)
 
 
 @pytest.mark.gpu
