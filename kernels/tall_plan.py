@@ -76,11 +76,20 @@ GATED_TILES = (
     (ring_tile(2, 64, 64, gated=True), 0.61),
     (ring_tile(1, 64, 64, gated=True), 0.41),
 )
+# where K is shorter than TIMED_DEPTH the smallest comes off better
+SHORT_GATED_TILES = (*GATED_TILES[:-1], (GATED_TILES[-1][0], 0.33))
 # where all tokens fit one row of tiles, it is the weights' bytes that take the time
 FLAT_PLAIN_TILES = tuple(
     ring_tile(1, TALL_BLOCK_M, width, gated=False, max_stages=DEEP_STAGES) for width in (64, 32)
 )
 FLAT_GATED_TILES = (ring_tile(1, TALL_BLOCK_M, 32, gated=True, max_stages=DEEP_STAGES),)
+
+
+def tiles_for(depth: int, *, gated: bool) -> tuple[tuple[Tile, float], ...]:
+    """Those to choose from for K of this depth, with their times."""
+    if not gated:
+        return PLAIN_TILES
+    return GATED_TILES if depth >= TIMED_DEPTH else SHORT_GATED_TILES
 
 
 def choose_plan(
@@ -90,7 +99,7 @@ def choose_plan(
     first."""
     if num_tokens <= TALL_BLOCK_M:
         return Plan(_flat_tile(width, num_sms, gated=gated))
-    tiles = GATED_TILES if gated else PLAIN_TILES
+    tiles = tiles_for(depth, gated=gated)
     read_time = ring_width(width, gated) * depth / READ_SIZE
     costs = {  # of those through when the weights are, the smallest, which evens out best
         Plan(tile): max(

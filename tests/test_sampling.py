@@ -68,7 +68,8 @@ def draw_logits(kind: str, seed: int, num_rows: int, V: int, dtype: torch.dtype)
     return logits.to(dtype)
 
 
-FEW = 300 if DEVICE == "cuda" else 10  # examples of tests that the interpreter makes slow
+# examples of tests that the interpreter makes slow
+FEW = settings.default.max_examples if DEVICE == "cuda" else 10
 kinds = st.sampled_from(["plain", "spread", "ties", "equal", "masked", "extreme"])
 
 

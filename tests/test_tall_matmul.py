@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
@@ -21,8 +21,10 @@ from kernels.tall_plan import (
     MAX_SIDE,
     PLAIN_TILES,
     READ_SIZE,
+    TIMED_DEPTH,
     Plan,
     choose_plan,
+    tiles_for,
 )
 from kernels.tile import cdiv
 from tests.strategies import DEVICE, assert_close, assert_same_bits, randn
@@ -57,16 +59,19 @@ def test_tiles_of_the_tables_have_a_form_and_a_ring_that_overlaps(tile, gated):
 @given(
     T=st.integers(65, 20000),
     N=st.integers(1, 200000),
+    K=st.sampled_from([1024, 2048, 4096, 12288]),
     num_sms=st.integers(1, 132),
     gated=st.booleans(),
 )
-def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, num_sms, gated):
-    read_time = N * (2 if gated else 1) * 4096 / READ_SIZE
-    costs = {
-        tile: max(cdiv(cdiv(T, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), num_sms) * time, read_time)
-        for tile, time in (GATED_TILES if gated else PLAIN_TILES)
-    }
-    plan = choose_plan(T, N, 4096, num_sms, gated=gated, may_share=False)
+@example(512, 3072, 1024, 132, True)  # three small tiles are through before a large one
+@example(384, 12288, 4096, 132, True)  # and nine are not before three
+def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, K, num_sms, gated):
+    read_time = N * (2 if gated else 1) * K / READ_SIZE
+    costs = {}
+    for tile, time in tiles_for(K, gated=gated):
+        num_rounds = cdiv(cdiv(T, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), num_sms)
+        costs[tile] = max(num_rounds * time * K / TIMED_DEPTH, read_time)
+    plan = choose_plan(T, N, K, num_sms, gated=gated, may_share=False)
     assert plan.side == 0 and costs[plan.tile] == min(costs.values())
 
 
