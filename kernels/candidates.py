@@ -163,14 +163,18 @@ def list_candidates(
     BLOCK_G: tl.constexpr = BLOCK_P * GROUPS
     only_p = by_p & (by_k == 0)
     allowance = (1.0 - top_p) * total * 0.875  # aimed at a little less than may be left out
-    low, count, is_short = least, 0, True
+    low, count, is_short, at_least = least, 0, True, 0.0
     while is_short:
         group_tops, masses = _load_index(index, top, scale, only_p, NUM_PIECES, GROUPS, BLOCK_P)
         if by_k | by_p:
             octaves = _octaves_below(
                 group_tops, masses, top, scale, by_k, top_k, allowance, tl.cdiv(V, GROUP)
             )
+            octaves = tl.maximum(octaves, at_least)
             low = tl.maximum(below_top(octaves, top, scale, SHIFT), least)
+            # what is missing may lie in groups that all reach it: next time twice as far down, and
+            # in the end at `least`
+            at_least = tl.minimum(2.0 * tl.maximum(octaves, FIRST_OCTAVES), OCTAVES)
         words = _words_of(group_tops >= low, BLOCK_G, WORD)
         first = tl.arange(0, BLOCK_G // WORD) * WORD
         num_listed = _list_bits(words, first, group_ptr, 0, BLOCK_G)
@@ -182,7 +186,7 @@ def list_candidates(
         if only_p & (low > least) & (count <= MAX_CANDIDATES):
             _, found = scan_list(value_ptr, count, low, top, scale, LANES)
             is_short = tl.sum(found, axis=0) < top_p * total
-        allowance = (allowance - 1e-6 * total) * 0.25  # under zero in the end: then `least` is left
+        allowance *= 0.25
     return low, count
 
 

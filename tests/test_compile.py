@@ -15,7 +15,8 @@ SHARED_BYTES = 227 * 1024  # what a block may hold on an H100
 def compile_all() -> list[dict]:
     """One process of its own: Triton compiles nothing where it interprets."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_kernels"]
+    jobs = max(2, (os.cpu_count() or 2) // 4)  # beside the other tests
+    command = [sys.executable, "-m", "tests.compile_kernels", "--jobs", str(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -183,6 +183,16 @@ def test_top_p_where_the_index_misleads(small_pieces, monkeypatch, room, top_p):
     assert_sampled(kernels.sample(logits, *params), logits, params)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 30.0])
+@pytest.mark.parametrize("top_p", [0.95, 0.99999])
+@pytest.mark.parametrize("V", [300, 3000])
+def test_mass_far_below_what_every_group_reaches_is_found(V, top_p, temperature):
+    """Flat rows: the index has nothing to say of logits in groups that all reach a value."""
+    logits = draw_logits("spread", 0, 4, V, torch.float32)
+    params = tensors([Row(temperature, top_p=top_p, seed=n) for n in range(4)])
+    assert_sampled(kernels.sample(logits, *params), logits, params)
+
+
 @pytest.mark.parametrize("num_equal", [1, 31, 32, 33, 300])
 @pytest.mark.parametrize(
     "row", [Row(top_k=1), Row(top_k=40), Row(top_p=0.5), Row(min_p=1.0), Row(top_k=2, top_p=0.9)]
