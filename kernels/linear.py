@@ -81,6 +81,8 @@ def linear(
 ) -> Tensor:
     """x @ weight.T + bias + residual. x: [T, K], weight: [N, K] -> [T, N].
 
+    x may be the top of a larger buffer: rows behind it, whatever they hold, are then read up to a
+    whole tile, and not used, which is faster than to do without.
     rms_eps asks for rows of x scaled to a root mean square of one first: RMSNorm, whose weight is
     folded into `weight`; rstd: fp32, T or more, is scratch for it. bias: [N]; residual: [T, N],
     which may be `out` itself. num_sms caps the grid to a partition, but for a single token, whose

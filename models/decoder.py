@@ -18,6 +18,7 @@ from models.config import ModelConfig, rope_table
 from models.weights import DecoderWeights, fold_norms
 
 LARGEST_BLOCK = 1024  # tokens of a KV block
+TILE_ROWS = 256  # buffers are a multiple of: `linear` is faster where its tiles end within them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,9 @@ class Decoder:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
 
+        def empty_tokens(*shape: int) -> Tensor:
+            return empty(-(-max_tokens // TILE_ROWS) * TILE_ROWS, *shape)[:max_tokens]
+
         workspace = None
         if decode:
             heads = c.num_heads, c.num_kv_heads, c.head_dim
@@ -103,13 +107,13 @@ class Decoder:
             options = {"device": embedding.device, "max_context": max_context}
             workspace = self.ops.decode_workspace(*heads, **options)
         return StageBuffers(
-            hidden=empty(max_tokens, c.hidden_size),
+            hidden=empty_tokens(c.hidden_size),
             rstd=torch.empty(max_tokens, dtype=torch.float32, device=embedding.device),
             normed=empty(max_rows, c.hidden_size),
-            qkv=empty(max_tokens, c.qkv_size),
-            q=empty(max_tokens, c.num_heads, c.head_dim),
-            attention=empty(max_tokens, c.num_heads, c.head_dim),
-            act=empty(max_tokens, c.intermediate_size),
+            qkv=empty_tokens(c.qkv_size),
+            q=empty_tokens(c.num_heads, c.head_dim),
+            attention=empty_tokens(c.num_heads, c.head_dim),
+            act=empty_tokens(c.intermediate_size),
             logits=empty(max_rows, c.vocab_size),
             workspace=workspace,
             qkv_workspace=self.ops.matmul_workspace(embedding.device),

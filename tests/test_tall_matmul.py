@@ -202,6 +202,28 @@ def test_without_hopper_nothing_is_taken():
     assert not tall_matmul.takes(x, x, None, x)
 
 
+@given(
+    rows=st.integers(1, 300),
+    first=st.integers(0, 20),
+    num_tokens=st.integers(1, 200),
+    K=st.integers(1, 9),
+    column=st.integers(0, 5),
+    block_m=st.sampled_from([16, 64, 128]),
+)
+@example(256, 0, 96, 8, 0, 64)
+def test_rows_behind_x_are_in_its_storage(rows, first, num_tokens, K, column, block_m):
+    buffer = torch.empty(first + num_tokens + rows, column + K + 2)
+    x = buffer[first : first + num_tokens, column : column + K]
+    num = tall_matmul._rows_in_reach(x, block_m)
+    whole = cdiv(num_tokens, block_m) * block_m
+    assert num_tokens <= num <= whole
+    assert num == min(whole, num_tokens + rows)
+    x.as_strided((num, K), x.stride())  # torch raises where they are not
+    alone = x.clone()
+    assert tall_matmul._rows_in_reach(alone, block_m) == num_tokens
+    assert tall_matmul._rows_in_reach(alone[:1].expand(num_tokens, K), block_m) == num_tokens
+
+
 def launch(
     T: int, N: int, K: int, extras: str, tile: Tile | None, *, gated: bool, dtype: torch.dtype,
     num_sms: int | None = None, workspace: MatmulWorkspace | None = None, num_behind: int = 0,
