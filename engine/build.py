@@ -113,7 +113,7 @@ def decode_buffers(config: EngineConfig, decoder: Decoder) -> StageBuffers:
     rows = config.max_num_seqs
     if config.has_decode_pipeline:
         rows = num_rows(rows, config.decode_micro_batches)
-    return decoder.buffers(rows, rows, decode=True)
+    return decoder.buffers(rows, rows, block_size=config.block_size)
 
 
 def make_decode_worker(

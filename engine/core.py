@@ -48,7 +48,7 @@ class Core(BaseCore):
         decoder = make_decoder(config, self.model_config, folder, device, model_len)
         self.dtype = decoder.weights.embedding.dtype
         num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
-        prefill_buffers = decoder.buffers(num_tokens, num_seqs, decode=False)
+        prefill_buffers = decoder.buffers(num_tokens, num_seqs)
         buffers = decode_buffers(config, decoder)
         # last, for it may take what memory is left
         self.kv_cache = make_cache(config, decoder, num_kv_blocks(config, decoder))

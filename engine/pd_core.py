@@ -111,7 +111,7 @@ class PDCore(BaseCore):
         device, num_tokens = self._prefill_side.device, config.max_num_batched_tokens
         num_chunks = min(MAX_CHUNKS, config.max_decode_backlog)
         decoder = make_decoder(config, self.model_config, folder, device, model_len)
-        buffers = decoder.buffers(num_tokens, num_chunks, decode=False)
+        buffers = decoder.buffers(num_tokens, num_chunks)
         num_needed = -(-model_len // config.block_size)
         num_blocks = num_prefill_blocks(config, decoder, num_needed)
         kv_cache = make_cache(config, decoder, num_blocks)

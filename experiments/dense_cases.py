@@ -12,13 +12,13 @@ from experiments.kernel_case import BOUND, Case, Draw, Problem, row_error
 from experiments.shapes import SHAPES
 from kernels import reference
 from kernels.tile import cdiv
+from models.decoder import TILE_ROWS
 
 EPS = 1e-6
 MLP_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MLP_SMS = (64, 96)  # as an FFN stage has them, beside attention on the others
 LINEAR_TOKENS = (1, 64, 256, 2048)
 HEAD_TOKENS = (1, 64, 256)
-BUFFER_ROWS = 256  # a multiple of any tile's rows
 MODELS = ("Qwen3-0.6B", "Qwen3-8B")
 
 
@@ -127,7 +127,7 @@ class Linear(Case):
 
 def _top_of_buffer(draw: Draw, num_tokens: int, width: int) -> Tensor:
     """[num_tokens, width] as an engine has it: the first rows of a buffer for more tokens."""
-    return draw.randn(cdiv(num_tokens, BUFFER_ROWS) * BUFFER_ROWS, width)[:num_tokens]
+    return draw.randn(cdiv(num_tokens, TILE_ROWS) * TILE_ROWS, width)[:num_tokens]
 
 
 def dense_cases() -> list[Case]:

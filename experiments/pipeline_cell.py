@@ -37,7 +37,7 @@ class Cell:
     ) -> None:
         self.batch, self.context = batch, context
         rows = num_rows(batch, num_micro_batches)
-        self.buffers = decoder.buffers(rows, rows, decode=True)
+        self.buffers = decoder.buffers(rows, rows, block_size=BLOCK_SIZE)
         self.tables = block_tables(kv_cache.num_blocks, batch, context)
         device = decoder.weights.embedding.device
         self._options: dict[str, Any] = {

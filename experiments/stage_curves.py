@@ -25,7 +25,7 @@ from experiments import energy
 from experiments.bench_pipeline import bench_decoder, pair, random_cache
 from experiments.energy import Sustained
 from experiments.harness import RESULTS, append_row, environment, table
-from experiments.pipeline_cell import block_tables
+from experiments.pipeline_cell import BLOCK_SIZE, block_tables
 from experiments.pipeline_map import CellSize, fitting, texts
 from experiments.shapes import SHAPES
 from experiments.timing import Times
@@ -142,7 +142,7 @@ class Layer:
 
     def buffers(self) -> StageBuffers:
         """Of one stage: beside each other they are those of two micro-batches."""
-        buffers = self.decoder.buffers(self.batch, self.batch, decode=True)
+        buffers = self.decoder.buffers(self.batch, self.batch, block_size=BLOCK_SIZE)
         for name in ("hidden", "attention", "qkv"):
             getattr(buffers, name).normal_()
         return buffers

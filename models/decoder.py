@@ -17,8 +17,7 @@ from torch import Tensor
 from models.config import ModelConfig, rope_table
 from models.weights import DecoderWeights, fold_norms
 
-LARGEST_BLOCK = 1024  # tokens of a KV block
-TILE_ROWS = 256  # buffers are a multiple of: `linear` is faster where its tiles end within them
+TILE_ROWS = 256  # what `linear` reads is a multiple of: it is faster where its tiles end within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,31 +88,33 @@ class Decoder:
         self.scale = 1.0 / math.sqrt(config.head_dim)
         self.cos_sin = rope_table(config, max_len, weights.embedding.device)
 
-    def buffers(self, max_tokens: int, max_rows: int, *, decode: bool) -> StageBuffers:
-        """Buffers for launches of up to max_tokens tokens and max_rows sampled rows."""
+    def buffers(
+        self, max_tokens: int, max_rows: int, *, block_size: int | None = None
+    ) -> StageBuffers:
+        """Buffers for launches of up to max_tokens tokens and max_rows sampled rows. block_size:
+        tokens of the KV blocks that decode attention will read; None: for prefill alone."""
         c, embedding = self.config, self.weights.embedding
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
 
-        def empty_tokens(*shape: int) -> Tensor:
-            return empty(-(-max_tokens // TILE_ROWS) * TILE_ROWS, *shape)[:max_tokens]
+        def top_of_tiles(rows: int, *shape: int) -> Tensor:
+            return empty(_up_to(rows, TILE_ROWS), *shape)[:rows]
 
         workspace = None
-        if decode:
+        if block_size is not None:
             heads = c.num_heads, c.num_kv_heads, c.head_dim
-            # a table's last block may reach past the longest context
-            max_context = -(-len(self.cos_sin) // LARGEST_BLOCK) * LARGEST_BLOCK
+            max_context = _up_to(len(self.cos_sin), block_size)
             options = {"device": embedding.device, "max_context": max_context}
             workspace = self.ops.decode_workspace(*heads, **options)
         return StageBuffers(
-            hidden=empty_tokens(c.hidden_size),
+            hidden=top_of_tiles(max_tokens, c.hidden_size),
             rstd=torch.empty(max_tokens, dtype=torch.float32, device=embedding.device),
-            normed=empty(max_rows, c.hidden_size),
-            qkv=empty_tokens(c.qkv_size),
-            q=empty_tokens(c.num_heads, c.head_dim),
-            attention=empty_tokens(c.num_heads, c.head_dim),
-            act=empty_tokens(c.intermediate_size),
+            normed=top_of_tiles(max_rows, c.hidden_size),
+            qkv=empty(max_tokens, c.qkv_size),
+            q=empty(max_tokens, c.num_heads, c.head_dim),
+            attention=top_of_tiles(max_tokens, c.num_heads, c.head_dim),
+            act=top_of_tiles(max_tokens, c.intermediate_size),
             logits=empty(max_rows, c.vocab_size),
             workspace=workspace,
             qkv_workspace=self.ops.matmul_workspace(embedding.device),
@@ -238,6 +239,11 @@ class Decoder:
             out=buffers.normed[: len(hidden)],
         )
         return self.ops.linear(normed, self.weights.lm_head, out=buffers.logits)
+
+
+def _up_to(n: int, whole: int) -> int:
+    """n, or the next multiple of `whole`."""
+    return -(-n // whole) * whole
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def worker_options(
     return {
         "decoder": decoder,
         "kv_cache": random_cache(decoder, max_num_seqs * max_model_len, block_size, seed),
-        "buffers": decoder.buffers(rows, rows, decode=True),
+        "buffers": decoder.buffers(rows, rows, block_size=block_size),
         "max_model_len": max_model_len,
         "graph_pool": graph_pool,
         "device": torch.device(DEVICE),

@@ -22,6 +22,7 @@ from models.decoder import AttentionBatch, Decoder
 from models.fetch import resolve
 from models.weights import load_weights
 from tests.checkpoints import save_random, transformers_model
+from tests.decode_steps import decoder_of
 from tests.strategies import DEVICE
 
 NUM_NEW = 48
@@ -186,7 +187,8 @@ class Runner:
         return self._logits(torch.tensor([t for _, t, _ in rows], device=DEVICE), batch, True)
 
     def _logits(self, token_ids: Tensor, batch: AttentionBatch, decode: bool) -> Tensor:
-        buffers = self.decoder.buffers(len(token_ids), len(token_ids), decode=decode)
+        block_size = self.block_size if decode else None
+        buffers = self.decoder.buffers(len(token_ids), len(token_ids), block_size=block_size)
         self.decoder.embed(token_ids, buffers)
         self.decoder.layers(buffers, batch, self.cache.layers)
         return self.decoder.lm_head(buffers.hidden, buffers).cpu()
@@ -266,3 +268,9 @@ def test_triton_kernels_and_references_choose_the_same_tokens(family, dtype, tmp
             found.append([output["token_ids"] for output in outputs])
     assert found[0] == found[1]
     assert len({token_id for token_ids in found[0] for token_id in token_ids}) > 8
+
+
+def test_decode_scratch_is_for_tables_of_blocks_longer_than_any_request(tmp_path):
+    decoder = decoder_of(save_random(tmp_path, "llama"), kernels)
+    workspace = decoder.buffers(2, 2, block_size=4096).workspace
+    assert workspace.partial.shape[1] == 16  # splits of 256 tokens

@@ -76,7 +76,7 @@ class Bench:
         self.worker = PrefillWorker(
             decoder,
             self.kv_cache,
-            decoder.buffers(BUCKETS[-1] + 40, MAX_ROWS, decode=False),
+            decoder.buffers(BUCKETS[-1] + 40, MAX_ROWS),
             max_model_len=MAX_LEN,
             buckets=buckets,
             graph_pool=pool,
@@ -283,7 +283,7 @@ def test_a_worker_of_fewer_rows_than_a_graph_has(folder):
     """max_num_seqs below GRAPH_ROWS: the buffers hold no more rows than that."""
     decoder = load(folder, reference)
     bench, plain = Bench(decoder, BUCKETS), Bench(decoder, [])
-    small = decoder.buffers(BUCKETS[-1], 2, decode=False)
+    small = decoder.buffers(BUCKETS[-1], 2)
     bench.worker = PrefillWorker(
         decoder,
         bench.kv_cache,
