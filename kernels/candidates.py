@@ -186,7 +186,6 @@ def list_candidates(
         if only_p & (low > least) & (count <= MAX_CANDIDATES):
             _, found = scan_list(value_ptr, count, low, top, scale, LANES)
             is_short = tl.sum(found, axis=0) < top_p * total
-        allowance *= 0.25
     return low, count
 
 

@@ -172,14 +172,14 @@ def decode_attention(
     is_pipeline = takes(q, kv_cache) and (tile is None or tile.num_warps == 1)
     sms = device_sms(q.device) if num_sms is None else num_sms
     num_programs = _num_programs(sms, q.device, num_kv_heads, is_pipeline=is_pipeline)
+    max_context = block_table.shape[1] * block_size
     if workspace is None:
         heads = num_heads, num_kv_heads, head_dim
-        max_context = block_table.shape[1] * block_size
         workspace = decode_workspace(*heads, q.device, max_context=max_context)
     group = num_heads // num_kv_heads
     places, splits, *held = workspace.partial.shape
     num_places = _num_places(num_programs, is_pipeline=is_pipeline)
-    num_splits = _most_splits(block_table.shape[1] * block_size)
+    num_splits = _most_splits(max_context)
     if places < num_places or splits < num_splits or held != [group, head_dim]:
         wanted = f"[>= {num_places}, >= {num_splits}, {group}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, splits, *held]}")

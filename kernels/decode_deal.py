@@ -83,16 +83,6 @@ def share_with(unit, in_all, front, num_groups, num_tail):
 
 
 @gluon.jit
-def _uniform(x):
-    """x, which all lanes have alike, and which the compiler then knows: it takes one register of
-    the warp instead of one of each lane."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True,
-        pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def open_share(
     share, context_lens_ptr, B, num_groups, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
     FEW_SPLITS: gl.constexpr, MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
@@ -122,8 +112,7 @@ def open_share(
         base += units_before
         behind += gl.sum(units, axis=0)
     first = share_with(base, in_all, front, num_groups, num_tail)
-    shape = (_uniform(num_tail), _uniform(start), _uniform(end), _uniform(b), _uniform(base))
-    return shape + (_uniform(first),)  # noqa: RUF005  Triton knows no star in a tuple
+    return num_tail, start, end, b, base, first
 
 
 @gluon.jit

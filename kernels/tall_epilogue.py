@@ -44,9 +44,7 @@ def residual_chunks(ptrs, mask_m, cols, N, NUM: gl.constexpr, CHUNK_N: gl.conste
 
 
 @gluon.jit
-def finish(
-    acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, M, N, GATED: gl.constexpr
-):  # fmt: skip
+def finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED: gl.constexpr):
     """Scale, gate, add and store one consumer's sums at [row, column], chunk by chunk.
 
     acc: [ROWS, WIDTH]; rstd, residual: None or what applies, the latter in chunks.
@@ -80,5 +78,4 @@ def finish(
         buffer.store(value.to(out_desc.dtype))
         fence_async_shared()
         thread_barrier()
-        if row < M:  # TMA would leave out what is beyond, and take its time
-            tma_store(out_desc, [row, column + c * CHUNK_N], buffer)
+        tma_store(out_desc, [row, column + c * CHUNK_N], buffer)
