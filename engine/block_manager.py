@@ -93,7 +93,7 @@ class BlockManager:
         num_cached_tokens = len(holding.table) * self.block_size
         for block in holding.table:
             self._share(block)
-        holding.table.extend(self._grant() for _ in range(num_new))
+        holding.table.extend(self._grant(num_new))
         self._holdings[request_id] = holding
         return num_cached_tokens
 
@@ -105,7 +105,7 @@ class BlockManager:
         num_new = -(-num_tokens // self.block_size) - len(table)
         if num_new > self.num_free_blocks:
             return False
-        table.extend(self._grant() for _ in range(num_new))
+        table.extend(self._grant(num_new))
         return True
 
     def commit(self, request_id: int, token_ids: Sequence[int], num_computed: int) -> None:
@@ -126,10 +126,12 @@ class BlockManager:
         """Give up the request's references; an id that holds nothing is a KeyError."""
         table = self._holdings.pop(request_id).table
         # last block first: a chain is of no use without its head, so its tail is evicted before
+        counts, freed = self._ref_counts, []
         for block in reversed(table):
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                self._free(block)
+            counts[block] -= 1
+            if not counts[block]:
+                freed.append(block)
+        self._free(freed)
 
     def check(self) -> None:
         """Assert that every block has owners or is free, and that the counts say so."""
@@ -189,18 +191,24 @@ class BlockManager:
             del self._cached[block]
         self._ref_counts[block] += 1
 
-    def _grant(self) -> int:
-        """Take a free block: one of unknown content, else the least recently used one."""
-        if self._blank:
-            block = self._blank.pop()
-        else:
+    def _grant(self, num_blocks: int) -> list[int]:
+        """Take so many free blocks, which there must be: of unknown content as far as they go, then
+        the least recently used ones."""
+        first = max(0, len(self._blank) - num_blocks)
+        blocks = self._blank[first:][::-1]
+        del self._blank[first:]
+        for _ in range(num_blocks - len(blocks)):
             block, _ = self._cached.popitem(last=False)
             del self._block_of[self._digest_of.pop(block)]
-        self._ref_counts[block] = 1
-        return block
+            blocks.append(block)
+        for block in blocks:
+            self._ref_counts[block] = 1
+        return blocks
 
-    def _free(self, block: int) -> None:
-        if block in self._digest_of:
-            self._cached[block] = None
-        else:
-            self._blank.append(block)
+    def _free(self, blocks: Sequence[int]) -> None:
+        """Take these back, to whom nobody refers any more."""
+        for block in blocks:
+            if block in self._digest_of:
+                self._cached[block] = None
+            else:
+                self._blank.append(block)

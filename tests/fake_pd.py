@@ -5,6 +5,7 @@ watched as long: to free it or to grant it anew meanwhile is an error at once.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from engine.base_scheduler import PrefillChunk
 from engine.block_manager import BlockManager
@@ -24,14 +25,17 @@ class WatchedManager(BlockManager):
         super().__init__(num_blocks, block_size)
         self.copying: Counter[int] = Counter()  # block -> copies in flight
 
-    def _grant(self) -> int:
-        block = super()._grant()
-        assert not self.copying[block], "granted anew while a copy reads or writes it"
-        return block
+    def _grant(self, num_blocks: int) -> list[int]:
+        blocks = super()._grant(num_blocks)
+        assert not self._copied(blocks), "granted anew while a copy reads or writes them"
+        return blocks
 
-    def _free(self, block: int) -> None:
-        assert not self.copying[block], "freed while a copy reads or writes it"
-        super()._free(block)
+    def _free(self, blocks: Sequence[int]) -> None:
+        assert not self._copied(blocks), "freed while a copy reads or writes them"
+        super()._free(blocks)
+
+    def _copied(self, blocks: Sequence[int]) -> list[int]:
+        return [block for block in blocks if self.copying[block]]
 
 
 class PDEngine(FakeEngine):

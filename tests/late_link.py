@@ -88,15 +88,17 @@ def poison(core: PDCore) -> None:
 
 def _poison_returned(manager: BlockManager, kv_cache: KVCache) -> None:
     @torch.inference_mode()
-    def grant(self: BlockManager) -> int:
-        block = BlockManager._grant(self)
-        kv_cache.blocks[block] = NAN
-        return block
+    def grant(self: BlockManager, num_blocks: int) -> list[int]:
+        blocks = BlockManager._grant(self, num_blocks)
+        for block in blocks:  # one by one: a list of indices would make the host wait
+            kv_cache.blocks[block] = NAN
+        return blocks
 
     @torch.inference_mode()
-    def free(self: BlockManager, block: int) -> None:
-        BlockManager._free(self, block)
-        if block not in self._cached:  # what it holds can still be found otherwise
-            kv_cache.blocks[block] = NAN
+    def free(self: BlockManager, blocks: Sequence[int]) -> None:
+        BlockManager._free(self, blocks)
+        for block in blocks:
+            if block not in self._cached:  # what it holds can still be found otherwise
+                kv_cache.blocks[block] = NAN
 
     manager._grant, manager._free = MethodType(grant, manager), MethodType(free, manager)
