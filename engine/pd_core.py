@@ -41,7 +41,8 @@ from models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-# Of each kind: one that runs and one behind it, so that no device waits for the host.
+# Of each kind: one that runs and one behind it, so that no device waits for the host. Of prefill
+# there may be one more, for which the host chooses its time, see `PDCore.step`.
 MAX_LAUNCHES = 2
 POLL_S = 10e-6  # how long the host sleeps where there is nothing to launch and nothing to take
 
@@ -69,6 +70,7 @@ class PDCore(BaseCore):
         super().__init__(model_config)
         self._prefills: deque[Launched] = deque()
         self._decodes: deque[Launched] = deque()
+        self._has_taken_tokens = False  # of decode, since the step began
         self._is_put_off = False  # whether the last step left prefill as it was
         # behind the decode launches that may still write blocks which were returned since
         self._fence: torch.cuda.Event | None = None
@@ -162,21 +164,37 @@ class PDCore(BaseCore):
 
     def step(self, on_token: OnToken) -> list[Request]:
         """Launch all that may be launched and take all that is there; where there is neither,
-        sleep until something is. See the base."""
+        sleep until something is. See the base.
+
+        A prefill launch takes the host a good part of a decode step, and tokens that come meanwhile
+        wait for that. One more than the device needs is prepared right behind tokens of decode,
+        when the next ones are furthest away.
+        """
         ended: list[Request] = []
         is_busy = self._launch_decode()
         is_busy |= self._hand_over()
-        # while prefill has a launch to go on with, tokens that have come need not wait for the host
-        # to prepare another; but not twice in turn, or tokens that always come would put it off
-        may_put_off = bool(self._prefills) and not self._is_put_off
-        self._is_put_off = may_put_off and self._collect(on_token, ended)
-        if not self._is_put_off:
+        if self._is_time_for_prefill():
             is_busy |= self._launch_prefill()
-            while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
-                time.sleep(POLL_S)
+        self._has_taken_tokens = False
+        while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
+            time.sleep(POLL_S)
         if self.is_idle:
             self.drain()
         return ended
+
+    def _is_time_for_prefill(self) -> bool:
+        """Whether to prepare a prefill launch now; only where there is one to go on with may the
+        answer be no, and not for long."""
+        if not self._prefills:
+            return True
+        # tokens that are there go out first, but not twice in turn, or ones that always come would
+        # put it off for ever
+        has_tokens = bool(self._decodes) and self._is_done(self._decodes)
+        self._is_put_off = has_tokens and not self._is_put_off
+        if self._is_put_off:
+            return False
+        is_quiet = self._has_taken_tokens or has_tokens or not self._decodes
+        return len(self._prefills) < MAX_LAUNCHES + is_quiet
 
     def drain(self) -> None:
         """Wait for what is in flight and drop it: nobody asks for it any more."""
@@ -227,7 +245,7 @@ class PDCore(BaseCore):
         return True
 
     def _launch_prefill(self) -> bool:
-        chunks = self.scheduler.schedule_prefill() if len(self._prefills) < MAX_LAUNCHES else []
+        chunks = self.scheduler.schedule_prefill()
         if not chunks:
             return False
         self._prefill_scheduled(chunks)
@@ -280,6 +298,7 @@ class PDCore(BaseCore):
         for launches in (self._decodes, self._prefills):
             if launches and self._is_done(launches):
                 has_come = True
+                self._has_taken_tokens |= launches is self._decodes
                 self._take(launches.popleft(), on_token, ended)
         return self.handoffs.poll() or has_come
 

@@ -130,7 +130,7 @@ def check_bounds(llm: LLM) -> None:
     states = [r.state for r in core.scheduler.running.values()]
     placed = states.count(RequestState.DECODING) + states.count(RequestState.COPYING)
     assert placed <= config.max_num_seqs
-    assert len(core._prefills) <= 2 and len(core._decodes) <= 2
+    assert len(core._prefills) <= 3 and len(core._decodes) <= 2
     for launched in core._prefills:
         assert len(launched.requests) <= config.max_decode_backlog
     handoff = llm.stats()["handoff"]
