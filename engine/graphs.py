@@ -3,6 +3,7 @@
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ class StaticInputs:
             self._fields[name] = (slice(start, start + num_bytes), dtype, shape)
             end = start + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
+        # host buffers, the one sent longest ago first, and events behind their copies
+        self._sent: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self.tensors = {
             name: self._bytes[span].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
             for name, (span, dtype, shape) in self._fields.items()
@@ -42,17 +45,29 @@ class StaticInputs:
         columns: name -> values, which take the first places along each dim of their field; the
         others hold the field's padding, or 0.
         """
-        # a new host buffer each time: the copy of the last launch may not have run yet
-        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
+        host, event = self._host_buffer()
         places = host.numpy()
         for name, (span, dtype, shape) in self._fields.items():
             array = places[span].view(dtype).reshape(shape)
             values = np.asarray(columns.get(name, ()))
-            if name in padding:
-                array.fill(padding[name])
+            if values.shape != shape:
+                array.fill(padding.get(name, 0))
             if values.size:
                 array[tuple(map(slice, values.shape))] = values
         self._bytes.copy_(host, non_blocking=True)
+        if event is not None:
+            event.record()
+        self._sent.append((host, event))
+
+    def _host_buffer(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A buffer whose copy is over, or a new one: one of some 100 KB takes milliseconds to pin,
+        and torch gives one out again only when all copies of all streams before it are over."""
+        if self._sent:
+            _, event = self._sent[0]
+            if event is None or event.query():
+                return self._sent.popleft()
+        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
+        return host, torch.cuda.Event() if self._is_cuda else None
 
 
 class StepGraphs:

@@ -4,9 +4,10 @@
 
 A batch of 64 requests of 256 tokens decodes 1024 tokens each; ITL is taken over the same tokens of
 each (from the 65th on) without and with a stream of 2048-token prompts of max_tokens=1, which never
-decode, so that some are always waiting. Rounds alternate. Token times are taken where `step`
-returns, in the process that drives the engine. The stream alone says how much of its own rate
-prefill kept. A row for each reading goes to experiments/results/interference.csv.
+decode: some are always waiting, and one at most is added between two steps. Rounds alternate. Token
+times are taken where `step` returns, in the process that drives the engine. The stream alone says
+how much of its own rate prefill kept. A row for each reading goes to
+experiments/results/interference.csv.
 """
 
 import argparse
@@ -55,9 +56,15 @@ class Stream:
     def __post_init__(self) -> None:
         self._prompt = at_once(1, self.sizes.prompt_len, 1).prompts[0]
 
-    def refill(self) -> None:
+    def fill(self) -> None:
         """Add prompts until num_queued are there."""
         while len(self.pending) < self.sizes.num_queued:
+            self.refill()
+
+    def refill(self) -> None:
+        """Add a prompt where fewer are there. Not all that ended in one launch at once, which
+        would keep tokens waiting here: clients are not in step either."""
+        if len(self.pending) < self.sizes.num_queued:
             self.pending.add(self.llm.add_request(self._prompt, self.params))
 
     def take(self, output: dict[str, Any]) -> None:
@@ -85,7 +92,7 @@ def decode_beside(llm: LLM, sizes: Sizes, *, is_busy: bool) -> dict[str, float |
     start, num_before = 0.0, 0
     while (num_tokens := min(map(len, times.values()))) < sizes.output_len:
         if is_busy and num_tokens >= sizes.first_token // 2:
-            stream.refill()
+            (stream.refill if stream.pending else stream.fill)()
         outputs = llm.step()
         now = time.perf_counter()
         for output in outputs:
@@ -106,7 +113,7 @@ def decode_beside(llm: LLM, sizes: Sizes, *, is_busy: bool) -> dict[str, float |
 def prefill_alone(llm: LLM, sizes: Sizes) -> dict[str, float | None]:
     """Prompt tokens per second of the stream without a decode batch."""
     stream = Stream(llm, sizes)
-    stream.refill()
+    stream.fill()
     while not stream.num_done:
         _take_all(stream)
     start, num_before = time.perf_counter(), stream.num_done
@@ -120,7 +127,7 @@ def prefill_alone(llm: LLM, sizes: Sizes) -> dict[str, float | None]:
 def _take_all(stream: Stream) -> None:
     for output in stream.llm.step():
         stream.take(output)
-    stream.refill()
+    stream.fill()
 
 
 def measure(llm: LLM, sizes: Sizes, rounds: int) -> Iterator[dict[str, Any]]:

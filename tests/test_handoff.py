@@ -38,15 +38,20 @@ def cache(config, num_blocks: int, device: str = DEVICE, **options) -> KVCache:
     layers=st.sampled_from([None, range(2), range(1), range(1, 2)]),
     ops=st.sampled_from([kernels, reference]),
     room=st.sampled_from([1, 3000, staging.STAGED_BYTES]),
+    is_run=st.booleans(),
     seed=st.integers(0, 99),
 )
-@example(way="staged", num_blocks=0, layers=None, ops=kernels, room=1, seed=0)
-@example(way="staged", num_blocks=9, layers=None, ops=reference, room=1, seed=0)  # block by block
-def test_blocks_arrive_and_all_else_stays(config, way, num_blocks, layers, ops, room, seed):
+@example(way="staged", num_blocks=0, layers=None, ops=kernels, room=1, is_run=False, seed=0)
+@example(  # block by block
+    way="staged", num_blocks=9, layers=None, ops=reference, room=1, is_run=False, seed=0
+)
+def test_blocks_arrive_and_all_else_stays(config, way, num_blocks, layers, ops, room, is_run, seed):
     source, target = cache(config, 11), cache(config, 13)
     link = KVLink(source, target, ops, way)
     there = permutation(seed, 11)[:num_blocks].tolist()
     to = permutation(seed + 1, 13)[:num_blocks].tolist()
+    if is_run:
+        there, to = list(range(2, 2 + num_blocks)), list(range(3, 3 + num_blocks))
     sent, expected = source.blocks.clone(), target.blocks.clone()
     where = slice(None) if layers is None else slice(layers.start, layers.stop)
     expected[to, where] = sent[there, where]
@@ -180,10 +185,13 @@ def test_starting_a_copy_does_not_wait(config, way):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("way", WAYS)
-def test_blocks_arrive_on_the_other_gpu(config, way):
+@pytest.mark.parametrize("is_run", [True, False])
+def test_blocks_arrive_on_the_other_gpu(config, way, is_run):
     source, target = cache(config, 40, "cuda:0"), cache(config, 50, "cuda:1")
     link = KVLink(source, target, kernels, way)
     there, to = permutation(0, 40).tolist(), permutation(1, 50)[:40].tolist()
+    if is_run:
+        there, to = list(range(40)), list(range(10, 50))
     for device in (0, 1):
         torch.cuda.synchronize(device)
     copy = link.start(there, to)
@@ -197,7 +205,7 @@ def test_runs_take_every_block_once_and_rise_on_both_sides(data):
     source, target = (data.draw(st.permutations(range(14)))[:num] for _ in range(2))
     if data.draw(st.booleans()):  # else runs would be few
         source, target = sorted(source), sorted(target)
-    starts, lengths = runs(source, target, joined=True)
+    starts, lengths = runs(source, target)
     taken = [
         (a + i, b + i) for a, b, n in zip(*starts.tolist(), lengths.tolist(), strict=True)
         for i in range(n)
@@ -206,5 +214,3 @@ def test_runs_take_every_block_once_and_rise_on_both_sides(data):
     ends = [(a + n, b + n) for a, b, n in zip(*starts.tolist(), lengths.tolist(), strict=True)]
     begins = list(zip(*starts.tolist(), strict=True))
     assert not any(end == begin for end, begin in zip(ends, begins[1:], strict=False))
-    apart, ones = runs(source, target, joined=False)
-    assert apart.tolist() == [source, target] and ones.tolist() == [1] * num
