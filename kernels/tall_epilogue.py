@@ -44,8 +44,11 @@ def residual_chunks(ptrs, mask_m, cols, N, NUM: gl.constexpr, CHUNK_N: gl.conste
 
 
 @gluon.jit
-def finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED: gl.constexpr):
-    """Scale, gate, add and store one consumer's sums at [row, column], chunk by chunk.
+def finish(
+    i, acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED: gl.constexpr
+):  # fmt: skip
+    """Scale, gate, add and store one consumer's sums of its i-th tile at [row, column], chunk by
+    chunk: one, or a power of 2.
 
     acc: [ROWS, WIDTH]; rstd, residual: None or what applies, the latter in chunks.
     """
@@ -58,7 +61,8 @@ def finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GA
         chunks, ups = _chunks(gate, CHUNK_N), _chunks(up, CHUNK_N)
     else:
         chunks = _chunks(acc, CHUNK_N)
-    for c in gl.static_range(BLOCK_N // CHUNK_N):
+    NUM: gl.constexpr = BLOCK_N // CHUNK_N
+    for c in gl.static_range(NUM):
         value = chunks[c]
         if rstd is not None:
             value *= rstd[:, None]
@@ -72,7 +76,8 @@ def finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GA
             value += gl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(gl.float32)[None, :]
         if residual is not None:
             value += residual[c].to(gl.float32)
-        buffer = out_bufs.index(c % BUFFERS)
+        # in turn, from tile to tile too: the store before may still read its own
+        buffer = out_bufs.index(c % BUFFERS if NUM > 1 else i % BUFFERS)
         tma.store_wait(BUFFERS - 1)  # the last store from this buffer has read it
         thread_barrier()
         buffer.store(value.to(out_desc.dtype))

@@ -171,9 +171,9 @@ def _multiply(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(ring.empty.index(before), count=1)
         if SIDE == 0:  # noqa: SIM114  likewise
-            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+            finish(i, acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
         elif stop == num_k:
-            finish(acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
+            finish(i, acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED)
         else:
             place = gl.program_id(0) * CONSUMERS + WHICH
             pass_on(acc, sums_ptr + place * (ROWS * WIDTH), is_there_ptr + place)

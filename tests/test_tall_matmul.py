@@ -287,6 +287,25 @@ def test_every_partition_gives_the_same_bits(tile, gated):
 
 
 @on_hopper
+@pytest.mark.parametrize("tile, gated", CHOICES)
+def test_a_tile_is_stored_before_the_next_one_takes_its_buffer(tile, gated):
+    """Tiles of one step follow each other faster than the stores, which all SMs make at once."""
+    T, N = tile.BLOCK_M, 132 * 8 * tile.BLOCK_N
+    x, weight = randn(0, (T, 64), (2 * N if gated else N, 64), dtype=torch.bfloat16)
+    out, rstd = x.new_empty(T, N), kernels.row_rstd(x, EPS) if gated else None
+    if gated:
+        expected, scale = reference.gate_up(x.float(), weight, EPS), gate_up_scale(x, weight)
+    else:
+        expected, scale = reference.linear(x.float(), weight), dot_scale(x, weight)
+    for _ in range(5):
+        out.fill_(float("nan"))
+        launch_tall_matmul(
+            x, weight, None, None, rstd, out, gated=gated, tile=tile, num_sms=None
+        )  # fmt: skip
+        assert_close(out, expected, scale=scale)
+
+
+@on_hopper
 @pytest.mark.parametrize(
     "extras, gated", [("norm", True), ("norm bias", False), ("bias residual", False)]
 )
