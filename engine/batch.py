@@ -1,8 +1,7 @@
 """Requests to the index tensors of one launch, and a launch's token ids back to the host."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -133,7 +132,7 @@ def prefill_columns(
     indices = positions // block_size
     blocks = block_table[np.repeat(np.arange(len(chunks)), lengths), indices].astype(np.int64)
     return {
-        "token_ids": np.fromiter(_token_ids(chunks), np.int64, ends[-1]),
+        "token_ids": _token_ids(chunks),
         "positions": positions,
         "slot_mapping": (blocks - indices) * block_size + positions,
         "sampled_rows": (ends - 1)[[chunk.is_last for chunk in chunks]],
@@ -144,11 +143,10 @@ def prefill_columns(
     }
 
 
-def _token_ids(chunks: Sequence[PrefillChunk]) -> Iterator[int]:
+def _token_ids(chunks: Sequence[PrefillChunk]) -> np.ndarray:
     """The chunks' tokens, one chunk behind the other."""
-    return chain.from_iterable(
-        chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] for chunk in chunks
-    )
+    parts = (c.request.token_ids[c.start : c.start + c.num_tokens] for c in chunks)
+    return np.concatenate([np.frombuffer(part, np.int64) for part in parts])
 
 
 def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import enum
 import math
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,7 +79,8 @@ class Request:
     """One prompt on its way to an output. The scheduler moves it; others only read."""
 
     request_id: int
-    token_ids: list[int]  # the prompt, then every generated token that the host knows
+    # the prompt, then every generated token that the host knows; int64
+    token_ids: Sequence[int] | array
     params: SamplingParams
     seed: int = 0  # the engine's; the one in params comes first
     arrival_time: float = 0.0  # seconds, time.perf_counter, as are the four at the end
@@ -100,7 +102,8 @@ class Request:
     finished_time: float | None = None
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.token_ids)
+        # not a list, through which the garbage collector would go, for milliseconds with many
+        self.token_ids = array("q", self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_total_tokens = self.num_prompt_tokens + self.params.max_tokens
         if self.params.seed is not None:
@@ -119,7 +122,7 @@ class Request:
     @property
     def generated_token_ids(self) -> list[int]:
         """The known tokens after the prompt."""
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     def end_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
         """Why its newest token ends it, if it does; stop strings are the detokenizer's."""

@@ -90,7 +90,7 @@ class FakeEngine:
 
     def check_output(self, request: Request) -> None:
         assert request.state is RequestState.FINISHED
-        prompt = request.token_ids[: request.num_prompt_tokens]
+        prompt = list(request.token_ids[: request.num_prompt_tokens])
         wanted = expected_tokens(prompt, request.max_total_tokens)
         if request.finish_reason in ("abort", "error"):
             wanted = wanted[: request.num_generated]

@@ -167,7 +167,7 @@ class PDEngine(FakeEngine):
         if request_id not in self.rows:
             assert request.num_in_flight == 1, "the first token to feed is not known"
             self.rows[request_id] = request.token_ids[-1]
-        known = request.token_ids[position : position + 1]
+        known = list(request.token_ids[position : position + 1])
         assert known in ([], [self.rows[request_id]])
         table = self.scheduler.decode_table(request_id)
         self.compute(self.decode, self.decode_pool, table, request, position)

@@ -125,7 +125,7 @@ def test_sampling_follows_the_params():
         chunk(2, 2, temperature=0.7, **fields),
         chunk(3, 2, stop=1, temperature=0.9),  # draws nothing yet
     ]
-    chunks[1].request.token_ids += [3, 4]
+    chunks[1].request.token_ids.extend([3, 4])
     chunks[1].request.num_in_flight = 2
     wanted = {
         "temperature": [0.0, 0.7],
@@ -144,7 +144,7 @@ def test_sampling_follows_the_params():
 
 def test_a_draw_index_is_the_same_after_preemption():
     request = Request(0, [1, 2, 3], SamplingParams())
-    request.token_ids += [4, 5]  # both known; the next one is in flight, after a new prefill
+    request.token_ids.extend([4, 5])  # known; the next is in flight, after a new prefill
     request.num_in_flight = 1
     assert draw_index(request) == 2
 

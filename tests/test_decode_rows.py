@@ -74,7 +74,7 @@ class RowsMachine(RuleBasedStateMachine):
             request.num_in_flight += 1
         self.check_columns(requests)
         for request in requests if is_known else ():
-            request.token_ids += [8] * (request.num_in_flight - 1)
+            request.token_ids.extend([8] * (request.num_in_flight - 1))
             request.num_in_flight = 1
 
     def check_columns(self, requests: list[Request]) -> None:

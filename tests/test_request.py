@@ -101,7 +101,7 @@ def test_metrics() -> None:
     request.finished_time = 2.0
     request.token_ids.append(3)
     assert request.metrics()["tpot_ms"] is None  # one token has no time per later token
-    request.token_ids += [4, 5]
+    request.token_ids.extend([4, 5])
     request.finished_time = 4.0
     assert request.metrics() == {
         "queue_ms": 500.0,

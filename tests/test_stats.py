@@ -15,7 +15,7 @@ from tests.test_llm import greedy, run_all, small_llm
 
 def ended(reason="length", num_generated=3, arrival=1.0, first=1.5, finished=2.5) -> Request:
     request = Request(0, [1, 2], SamplingParams(), arrival_time=arrival)
-    request.token_ids += [5] * num_generated
+    request.token_ids.extend([5] * num_generated)
     request.first_scheduled_time = arrival + 0.1
     request.first_token_time, request.finished_time = first, finished
     request.finish_reason = reason
