@@ -135,42 +135,65 @@ def sample(**replaced: Tensor) -> Tensor:
     return kernels.sample(**(arguments | replaced))
 
 
-x, w, every_other = zeros(3, 8), zeros(8), zeros(3, 16)[:, ::2]
+# made when called: what is collected is collected by every worker, and takes no GPU
+def x() -> Tensor:
+    return zeros(3, 8)
+
+
+def w() -> Tensor:
+    return zeros(8)
+
+
+def every_other() -> Tensor:
+    return zeros(3, 16)[:, ::2]
+
 
 MISTAKES = {
-    "norm weight": (lambda: kernels.rms_norm(x, zeros(7), 0.0), "weight must be [8], got [7]"),
-    "norm x": (lambda: kernels.rms_norm(every_other, w, 0.0), "x must be contiguous in its last"),
-    "norm out": (lambda: kernels.rms_norm(x, w, 0.0, out=zeros(3, 7)), "out must be [3, 8], got"),
+    "norm weight": (lambda: kernels.rms_norm(x(), zeros(7), 0.0), "weight must be [8], got [7]"),
+    "norm x": (
+        lambda: kernels.rms_norm(every_other(), w(), 0.0),
+        "x must be contiguous in its last",
+    ),
+    "norm out": (
+        lambda: kernels.rms_norm(x(), w(), 0.0, out=zeros(3, 7)),
+        "out must be [3, 8], got",
+    ),
     "add residual": (
-        lambda: kernels.add_rms_norm(x, zeros(2, 8), w, 0.0),
+        lambda: kernels.add_rms_norm(x(), zeros(2, 8), w(), 0.0),
         "residual must be [3, 8], got [2, 8]",
     ),
-    "linear weight": (lambda: kernels.linear(x, zeros(4, 7)), "weight must be [4, 8], got [4, 7]"),
-    "linear x": (lambda: kernels.linear(every_other, zeros(4, 8)), "x must be contiguous"),
+    "linear weight": (
+        lambda: kernels.linear(x(), zeros(4, 7)),
+        "weight must be [4, 8], got [4, 7]",
+    ),
+    "linear x": (lambda: kernels.linear(every_other(), zeros(4, 8)), "x must be contiguous"),
     "linear bias": (
-        lambda: kernels.linear(x, zeros(4, 8), zeros(5)),
+        lambda: kernels.linear(x(), zeros(4, 8), zeros(5)),
         "bias must be [4], got [5]",
     ),
     "linear residual": (
-        lambda: kernels.linear(x, zeros(4, 8), residual=zeros(3, 5)),
+        lambda: kernels.linear(x(), zeros(4, 8), residual=zeros(3, 5)),
         "residual must be [3, 4], got [3, 5]",
     ),
-    "row_rstd x": (lambda: kernels.row_rstd(every_other, 0.0), "x must be contiguous in its last"),
-    "row_rstd out": (lambda: kernels.row_rstd(x, 0.0, out=zeros(4)), "out must be [3], got [4]"),
+    "row_rstd x": (
+        lambda: kernels.row_rstd(every_other(), 0.0),
+        "x must be contiguous in its last",
+    ),
+    "row_rstd out": (lambda: kernels.row_rstd(x(), 0.0, out=zeros(4)), "out must be [3], got [4]"),
     "linear out": (
-        lambda: kernels.linear(x, zeros(4, 8), out=zeros(3, 5)),
+        lambda: kernels.linear(x(), zeros(4, 8), out=zeros(3, 5)),
         "out must be [3, 4], got [3, 5]",
     ),
     "gate_up weight": (
-        lambda: kernels.gate_up(x, zeros(5, 8)),
+        lambda: kernels.gate_up(x(), zeros(5, 8)),
         "weight must be [2 * I, 8], got [5, 8]",
     ),
     "mlp gate_up_weight": (
-        lambda: kernels.mlp(x, zeros(4, 7), zeros(8, 2), 1e-6),
+        lambda: kernels.mlp(x(), zeros(4, 7), zeros(8, 2), 1e-6),
         "weight must be [2 * I, 8], got [4, 7]",
     ),
     "mlp down_weight": (
-        lambda: kernels.mlp(x, zeros(4, 8), zeros(8, 3), 1e-6),
+        lambda: kernels.mlp(x(), zeros(4, 8), zeros(8, 3), 1e-6),
         "weight must be [8, 2], got [8, 3]",
     ),
     "rope qkv": (lambda: rope(qkv=(3, 250)), "qkv must be [T, (H + 2 * 2) * 32], got [3, 250]"),
