@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.base_scheduler import PrefillChunk
 from engine.device import Span
+from engine.host_buffers import HostBuffers
 from engine.request import Request
 from engine.stats import Phase
 from models.decoder import AttentionBatch
@@ -195,19 +196,21 @@ class Launched:
         self,
         phase: Phase,
         span: Span,
+        buffers: HostBuffers,
         requests: Sequence[Request],
         token_ids: Tensor,
         logits: Tensor,
         places: Sequence[int] | None = None,
     ) -> None:
-        """span: of the launch, stopped here; token_ids: [B] int64 and logits: [B, V] on the
-        device; places: each request's row there; None: row by row the requests'."""
+        """span: of the launch, stopped here; buffers: of its stream; token_ids: [B] int64 and
+        logits: [B, V] on the device; places: each request's row there; None: row by row the
+        requests'."""
         self.phase: Phase = phase
         self._places = range(len(requests)) if places is None else places
         self.requests = [(request, request.epoch) for request in requests]
         self.span = span
         self._logprobs = _wanted_logprobs(requests, token_ids, logits)
-        self._token_ids = to_host(token_ids)
+        self._token_ids = buffers.receive(token_ids)
         span.stop()
 
     @property

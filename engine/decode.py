@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import SAMPLING, BlockTableOf, Launched, to_device
+from engine.batch import SAMPLING, BlockTableOf, Launched
 from engine.decode_rows import DecodeRows
 from engine.device import Span
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
+from engine.host_buffers import HostBuffers
 from engine.kv_cache import KVCache
 from engine.request import Request
 from models.decoder import AttentionBatch, Decoder, StageBuffers
@@ -59,6 +60,7 @@ class DecodeWorker:
         self.buckets = batch_buckets(max_num_seqs)
         fields = {name: (dtype, (max_num_seqs,)) for name, dtype in STEP_FIELDS.items()}
         self.inputs = StaticInputs(fields, device)
+        self._host = HostBuffers(device)
         # one row more than there can be requests: padding reads and writes it
         self._padding = {"rows": max_num_seqs, "slot_mapping": -1}
         max_blocks = -(-max_model_len // kv_cache.block_size)
@@ -81,8 +83,8 @@ class DecodeWorker:
         rows = self.rows.admit(requests)
         if token_ids is None:
             newest = [request.token_ids[-1] for request in requests]
-            token_ids = to_device(newest, np.int64, self.device)
-        self.token_ids.index_copy_(0, to_device(rows, np.int64, self.device), token_ids)
+            token_ids = self._host.send(newest, np.int64)
+        self.token_ids.index_copy_(0, self._host.send(rows, np.int64), token_ids)
 
     def has_row(self, request: Request) -> bool:
         """Whether the request was admitted and not released since."""
@@ -98,7 +100,7 @@ class DecodeWorker:
         places = self._run_step(requests, self._columns(requests, table_of))
         size = max(places) + 1
         token_ids, logits = self._sampled[:size], self.buffers.logits[:size]
-        return Launched("decode", span, requests, token_ids, logits, places)
+        return Launched("decode", span, self._host, requests, token_ids, logits, places)
 
     def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
         """Run or replay the step over these inputs; returns each request's row in it."""
@@ -131,8 +133,8 @@ class DecodeWorker:
     def _send_blocks(self, cells: Sequence[int], blocks: Sequence[int]) -> None:
         """Put blocks into cells of the device's block tables."""
         if cells:
-            index = to_device(cells, np.int64, self.device)
-            values = to_device(blocks, np.int32, self.device)
+            index = self._host.send(cells, np.int64)
+            values = self._host.send(blocks, np.int32)
             self.block_table.view(-1).index_copy_(0, index, values)
 
     def _step(self, size: int) -> None:

@@ -3,13 +3,14 @@
 import gc
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from engine.host_buffers import HostBuffers
 
 ALIGNMENT = 16  # bytes; Triton compiles anew for a pointer that is aligned to less
 
@@ -24,7 +25,7 @@ class StaticInputs:
         self, fields: Mapping[str, tuple[type, tuple[int, ...]]], device: torch.device
     ) -> None:
         """fields: name -> (numpy dtype, shape). `tensors` has them by name, at fixed addresses."""
-        self._is_cuda = device.type == "cuda"
+        self._buffers = HostBuffers(device)
         self._fields: dict[str, tuple[slice, type, tuple[int, ...]]] = {}
         end = 0
         for name, (dtype, shape) in fields.items():
@@ -32,8 +33,6 @@ class StaticInputs:
             self._fields[name] = (slice(start, start + num_bytes), dtype, shape)
             end = start + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self._bytes = torch.zeros(end, dtype=torch.uint8, device=device)
-        # host buffers, the one sent longest ago first, and events behind their copies
-        self._sent: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self.tensors = {
             name: self._bytes[span].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
             for name, (span, dtype, shape) in self._fields.items()
@@ -45,29 +44,16 @@ class StaticInputs:
         columns: name -> values, which take the first places along each dim of their field; the
         others hold the field's padding, or 0.
         """
-        host, event = self._host_buffer()
-        places = host.numpy()
-        for name, (span, dtype, shape) in self._fields.items():
-            array = places[span].view(dtype).reshape(shape)
-            values = np.asarray(columns.get(name, ()))
-            if values.shape != shape:
-                array.fill(padding.get(name, 0))
-            if values.size:
-                array[tuple(map(slice, values.shape))] = values
-        self._bytes.copy_(host, non_blocking=True)
-        if event is not None:
-            event.record()
-        self._sent.append((host, event))
-
-    def _host_buffer(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A buffer whose copy is over, or a new one: one of some 100 KB takes milliseconds to pin,
-        and torch gives one out again only when all copies of all streams before it are over."""
-        if self._sent:
-            _, event = self._sent[0]
-            if event is None or event.query():
-                return self._sent.popleft()
-        host = torch.zeros(len(self._bytes), dtype=torch.uint8, pin_memory=self._is_cuda)
-        return host, torch.cuda.Event() if self._is_cuda else None
+        with self._buffers.sending(len(self._bytes)) as host:
+            places = host.numpy()
+            for name, (span, dtype, shape) in self._fields.items():
+                array = places[span].view(dtype).reshape(shape)
+                values = np.asarray(columns.get(name, ()))
+                if values.shape != shape:
+                    array.fill(padding.get(name, 0))
+                if values.size:
+                    array[tuple(map(slice, values.shape))] = values
+            self._bytes.copy_(host, non_blocking=True)
 
 
 class StepGraphs:

@@ -25,6 +25,7 @@ from engine.batch import (
 )
 from engine.device import Span
 from engine.graphs import GraphPool, StaticInputs, StepGraphs
+from engine.host_buffers import HostBuffers
 from engine.kv_cache import KVCache
 from models.config import ModelConfig
 from models.decoder import Decoder, StageBuffers
@@ -106,6 +107,7 @@ class PrefillWorker:
         self.graphs = StepGraphs(device, graph_pool)
         max_rows = len(buffers.logits)
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._host = HostBuffers(device)
         self._num_rows = min(graph_rows, max_rows)
         self._segments = segments(decoder.config.num_layers, num_layer_groups)
         self._max_blocks = -(-max_model_len // kv_cache.block_size)
@@ -185,7 +187,8 @@ class PrefillWorker:
                 on_layers(segment.layers)
         token_ids = self._sampled[: len(requests)]
         logits = self.buffers.logits[: len(requests)]
-        return Launched("prefill", span, requests, token_ids, logits), token_ids
+        launched = Launched("prefill", span, self._host, requests, token_ids, logits)
+        return launched, token_ids
 
     def _upload(self, size: int, columns: dict[str, Any]) -> None:
         # rows of no request end where they begin, behind the last of a request

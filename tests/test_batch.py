@@ -19,6 +19,7 @@ from engine.batch import (
     to_host,
 )
 from engine.device import Span
+from engine.host_buffers import HostBuffers
 from engine.request import Request, SamplingParams
 
 CPU = torch.device("cpu")
@@ -178,7 +179,8 @@ def test_a_launch_keeps_tokens_owners_and_the_logprobs_asked_for():
     ]
     requests[1].epoch = 4
     logits, token_ids = torch.randn(3, 7), torch.tensor([5, 6, 0])
-    launched = Launched("decode", Span(token_ids.device), requests, token_ids, logits)
+    buffers = HostBuffers(token_ids.device)
+    launched = Launched("decode", Span(CPU), buffers, requests, token_ids, logits)
     wanted = logits.log_softmax(-1)
     token_ids.zero_(), logits.zero_()  # the buffers of the next launch
     assert launched.wait() == [5, 6, 0]
@@ -192,5 +194,7 @@ def test_a_launch_without_logprobs_computes_none(monkeypatch):
     monkeypatch.setattr(torch, "log_softmax", None)
     token_ids = torch.tensor([5])
     requests = [Request(0, [1], SamplingParams())]
-    launched = Launched("decode", Span(token_ids.device), requests, token_ids, torch.randn(1, 7))
+    launched = Launched(
+        "decode", Span(CPU), HostBuffers(CPU), requests, token_ids, torch.randn(1, 7)
+    )
     assert launched.logprobs_of(0, 5) is None
