@@ -137,6 +137,33 @@ def check_bounds(llm: LLM) -> None:
     assert handoff["credits"] >= 0 and handoff["backlog"] <= config.max_decode_backlog
 
 
+def test_a_prefill_launch_more_than_needed_is_prepared_right_behind_tokens(folder, monkeypatch):
+    """Else tokens would wait for the host; and none would be, did each wait for tokens."""
+    with small_llm(folder, enable_two_gpu_pd=True, **SIZES | {"max_num_batched_tokens": 8}) as llm:
+        core = llm._core
+        first = llm.add_request([5] * 8, greedy(60, ignore_eos=True))
+        while request_of(llm, first).state is not RequestState.DECODING:
+            llm.step()
+        looks = iter(range(10**6))  # tokens of a step are there at each 9th look, of prefill never
+        is_done = property(lambda launched: launched.phase == "decode" and next(looks) % 9 == 8)
+        monkeypatch.setattr(Launched, "is_done", is_done)
+        launch, num_before, new_tokens = core._launch_prefill, [], []
+
+        def watched() -> bool:
+            num_before.append(len(core._prefills))
+            assert num_before[-1] < 2 or new_tokens, "two are in flight, and tokens may come soon"
+            return launch()
+
+        monkeypatch.setattr(core, "_launch_prefill", watched)
+        for _ in range(4):
+            llm.add_request([6] * 8, greedy(1))
+        for _ in range(40):
+            new_tokens = [t for output in llm.step() for t in output["new_token_ids"]]
+        assert num_before[:3] == [0, 1, 2] and len(core._prefills) == 3
+        monkeypatch.undo()
+        run_all(llm)
+
+
 def test_decode_goes_on_while_a_copy_takes_its_time(folder, kv_handoff):
     with late_llm(folder, kv_handoff=kv_handoff) as llm:
         first = llm.add_request([5, 6, 7], greedy(40, ignore_eos=True))
