@@ -40,14 +40,6 @@ PREFILL = {
 BlockTableOf = Callable[[int], Sequence[int]]  # request_id -> its KV blocks in order
 
 
-def to_device(values: Any, dtype: type, device: torch.device) -> Tensor:
-    """A tensor of host values, copied without waiting for the device."""
-    array = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
-    if device.type == "cuda":
-        array = array.pin_memory()  # a copy from pageable memory would stop the host
-    return array.to(device, non_blocking=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingTensors:
     """How the token of each row is drawn: the arguments of `kernels.sample`."""
@@ -97,9 +89,9 @@ class PrefillBatch:
     sampling: SamplingTensors
 
     @classmethod
-    def of(cls, columns: Mapping[str, Any], device: torch.device) -> "PrefillBatch":
-        """What `prefill_columns` gives, on the device."""
-        tensors = {name: to_device(columns[name], dtype, device) for name, dtype in PREFILL.items()}
+    def of(cls, columns: Mapping[str, Any], buffers: HostBuffers) -> "PrefillBatch":
+        """What `prefill_columns` gives, on the device of these buffers."""
+        tensors = {name: buffers.send(columns[name], dtype) for name, dtype in PREFILL.items()}
         return cls.of_tensors(tensors, int(np.diff(columns["cu_seqlens"]).max()))
 
     @classmethod

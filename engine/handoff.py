@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import to_device
 from engine.device import DeviceStream, Span
+from engine.host_buffers import HostBuffers
 from engine.kv_cache import KVCache
 from engine.staging import Staging
 
@@ -71,7 +71,7 @@ class Copy:
         else:
             if self._ids is None:
                 # made on this stream: their memory is given out anew only behind the copy
-                self._ids = to_device(self._blocks, np.int64, source.device)
+                self._ids = link.host.send(self._blocks, np.int64)
             link.ops.copy_blocks(source, target, self._ids[0], self._ids[1])
 
     @property
@@ -122,6 +122,7 @@ class KVLink:
         self.source, self.target, self.ops = source, target, ops
         self.way: Way = way
         self.stream = DeviceStream(a.device).stream
+        self.host = HostBuffers(a.device)
         self.staging = Staging(a, b.device, ops)
         if is_direct and a.device != b.device:
             # torch opens the way for the kernels, at its own first copy in that direction

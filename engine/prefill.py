@@ -146,7 +146,7 @@ class PrefillWorker:
             "cu_seqlens": [0, num_tokens],
             **{name: [0] for name in SAMPLING},
         }
-        return PrefillBatch.of(columns, self.device)
+        return PrefillBatch.of(columns, self._host)
 
     def bucket_of(self, chunks: Sequence[PrefillChunk]) -> int | None:
         """The token count that this launch is padded to; None: it is launched eagerly, as it is."""
@@ -173,7 +173,7 @@ class PrefillWorker:
         size = self.bucket_of(chunks)
         span = Span(self.device)
         if size is None:
-            batch = PrefillBatch.of(columns, self.device)
+            batch = PrefillBatch.of(columns, self._host)
         else:
             self._upload(size, columns)
         for index, segment in enumerate(self._segments):

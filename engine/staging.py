@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import to_device
 from engine.device import DeviceStream
+from engine.host_buffers import HostBuffers
 
 STAGED_BYTES = 32 << 20  # of each of the two buffers, or one block where that is more
 
@@ -27,6 +27,7 @@ class Staging:
         self._is_cuda = source.device.type == "cuda"
         self._block_bytes = source[0].numel() * source.element_size()
         self._target = DeviceStream(target_device)
+        self._host, self._target_host = HostBuffers(self._device), HostBuffers(target_device)
         self._buffers: list[Tensor] = []
         self._emptied: list[torch.cuda.Event | None] = [None, None]
 
@@ -63,7 +64,7 @@ class Staging:
         stream = torch.cuda.current_stream(self._device) if self._is_cuda else None
         if after is not None:
             stream.wait_event(after)
-        ids = to_device(list(blocks), np.int64, self._device)
+        ids = self._host.send(blocks, np.int64)
         part.copy_(source.index_select(0, ids), non_blocking=True)
         return None if stream is None else stream.record_event()
 
@@ -75,7 +76,7 @@ class Staging:
                 self._target.stream.wait_event(after)
             # Not index_copy_: where torch is told to be deterministic, that reads and rewrites all
             # of a target that is a slice, and what others write there meanwhile is undone.
-            ids = to_device([range(len(blocks)), blocks], np.int64, target.device)
+            ids = self._target_host.send([range(len(blocks)), blocks], np.int64)
             arrived = part.to(target.device, non_blocking=True)
             self._ops.copy_blocks(arrived, target, ids[0], ids[1])
             return self._target.record()

@@ -14,6 +14,7 @@ import kernels
 from engine import LLM, SamplingParams
 from engine.base_scheduler import PrefillChunk
 from engine.batch import PrefillBatch, prefill_columns
+from engine.host_buffers import HostBuffers
 from engine.kv_cache import KVCache
 from engine.request import Request
 from kernels import reference
@@ -165,7 +166,7 @@ class Runner:
             request = Request(request_id, token_ids, SamplingParams())
             scheduled.append(PrefillChunk(request, start, len(token_ids) - start, False, 0))
         columns = prefill_columns(scheduled, self.tables.__getitem__, self.block_size)
-        batch = PrefillBatch.of(columns, torch.device(DEVICE))
+        batch = PrefillBatch.of(columns, HostBuffers(torch.device(DEVICE)))
         logits = self._logits(batch.token_ids, batch.attention, decode=False)
         return list(logits.split([chunk.num_tokens for chunk in scheduled]))
 
