@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.base_scheduler import PrefillChunk
 from engine.device import Span
-from engine.host_buffers import HostBuffers
+from engine.host_buffers import HostBuffers, Received
 from engine.request import Request
 from engine.stats import Phase
 from models.decoder import AttentionBatch
@@ -154,31 +154,24 @@ def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:
 class TokenLogprobs:
     """Log-probabilities of one launch, on their way to the host; rows as the requests."""
 
-    sampled: Tensor  # [B] fp32, of the token that was drawn
-    top: Tensor  # [B, K] fp32
-    top_ids: Tensor  # [B, K] int64
+    sampled: Received  # [B] fp32, of the token that was drawn
+    top: Received  # [B, K] fp32
+    top_ids: Received  # [B, K] int64
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, num_top: int) -> "TokenLogprobs":
+    def of(
+        cls, buffers: HostBuffers, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> "TokenLogprobs":
         """Of the unscaled logits: [B, V], before temperature and cuts."""
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         top, top_ids = logprobs.topk(max(num_top, 1), dim=-1)
         sampled = logprobs.gather(1, token_ids[:, None])[:, 0]
-        return cls(to_host(sampled), to_host(top), to_host(top_ids))
+        return cls(*(buffers.receive(tensor) for tensor in (sampled, top, top_ids)))
 
     def row(self, index: int, token_id: int, num_top: int) -> dict[int, float]:
         """{token id: log-probability} of one row: the drawn token, then the likeliest."""
-        ids = self.top_ids[index, :num_top].tolist()
-        likeliest = dict(zip(ids, self.top[index, :num_top].tolist(), strict=True))
-        return {token_id: self.sampled[index].item()} | likeliest
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that is there once an event recorded after this call has passed."""
-    if tensor.device.type != "cuda":
-        return tensor.clone()  # the source is a buffer of the next launch too
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+        ids, top = (received.tolist()[index][:num_top] for received in (self.top_ids, self.top))
+        return {token_id: self.sampled.tolist()[index]} | dict(zip(ids, top, strict=True))
 
 
 class Launched:
@@ -201,7 +194,7 @@ class Launched:
         self._places = range(len(requests)) if places is None else places
         self.requests = [(request, request.epoch) for request in requests]
         self.span = span
-        self._logprobs = _wanted_logprobs(requests, token_ids, logits)
+        self._logprobs = _wanted_logprobs(buffers, requests, token_ids, logits)
         self._token_ids = buffers.receive(token_ids)
         span.stop()
 
@@ -226,9 +219,9 @@ class Launched:
 
 
 def _wanted_logprobs(
-    requests: Sequence[Request], token_ids: Tensor, logits: Tensor
+    buffers: HostBuffers, requests: Sequence[Request], token_ids: Tensor, logits: Tensor
 ) -> TokenLogprobs | None:
     wanted = [r.params.logprobs for r in requests if r.params.logprobs is not None]
     if not wanted:
         return None
-    return TokenLogprobs.of(logits, token_ids, min(max(wanted), logits.shape[1]))
+    return TokenLogprobs.of(buffers, logits, token_ids, min(max(wanted), logits.shape[1]))

@@ -43,11 +43,10 @@ class HostBuffers:
 
     def send(self, values: Any, dtype: type) -> Tensor:
         """A tensor of host values, copied without waiting for the device."""
-        array = np.ascontiguousarray(values, dtype=dtype)
-        tensor = torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=self._device)
-        with self.sending(array.nbytes) as buffer:
-            host = buffer.view(tensor.dtype).view(tensor.shape)
-            host.numpy()[...] = array
+        given = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+        tensor = torch.empty_like(given, device=self._device)
+        with self.sending(given.nbytes) as buffer:
+            host = buffer.view(given.dtype).view(given.shape).copy_(given)
             tensor.copy_(host, non_blocking=True)
         return tensor
 
@@ -70,6 +69,7 @@ class Received:
 
     def __init__(self, host: Tensor, buffer: Tensor, free: list[Tensor]) -> None:
         """buffer: what host lies in; free: where it goes when it was read."""
+        self.dtype = host.dtype
         self._host, self._buffer, self._free = host, buffer, free
         self._values: list[Any] | None = None
 

@@ -70,7 +70,7 @@ class PDCore(BaseCore):
         super().__init__(model_config)
         self._prefills: deque[Launched] = deque()
         self._decodes: deque[Launched] = deque()
-        self._has_taken_tokens = False  # of decode, since the step began
+        self._has_taken_tokens = False  # whether the last step took tokens of decode
         self._is_put_off = False  # whether the last step left prefill as it was
         # behind the decode launches that may still write blocks which were returned since
         self._fence: torch.cuda.Event | None = None

@@ -15,7 +15,6 @@ from engine.batch import (
     prefill_columns,
     sampled_requests,
     sampling_columns,
-    to_host,
 )
 from engine.device import Span
 from engine.host_buffers import HostBuffers
@@ -153,7 +152,7 @@ def test_a_draw_index_is_the_same_after_preemption():
 
 def test_copies_do_not_follow_their_source():
     source = torch.arange(4)
-    copy = to_host(source)
+    copy = HostBuffers(CPU).receive(source)
     source.zero_()
     assert copy.tolist() == [0, 1, 2, 3]
 
@@ -161,14 +160,14 @@ def test_copies_do_not_follow_their_source():
 def test_logprobs_are_of_the_unscaled_logits():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [5.0, 0.0, 0.0, 1.0]])
     wanted = logits.log_softmax(-1)
-    made = TokenLogprobs.of(logits, torch.tensor([3, 0]), 2)
+    made = TokenLogprobs.of(HostBuffers(CPU), logits, torch.tensor([3, 0]), 2)
     assert made.row(0, 3, 2) == pytest.approx(
         {3: wanted[0, 3].item(), 1: wanted[0, 1].item(), 2: wanted[0, 2].item()}
     )
     assert list(made.row(0, 3, 2)) == [3, 1, 2]
     assert made.row(1, 0, 2) == pytest.approx({0: wanted[1, 0].item(), 3: wanted[1, 3].item()})
     assert made.row(0, 3, 0) == pytest.approx({3: wanted[0, 3].item()})
-    half = TokenLogprobs.of(logits.half(), torch.tensor([3, 0]), 0)
+    half = TokenLogprobs.of(HostBuffers(CPU), logits.half(), torch.tensor([3, 0]), 0)
     assert half.sampled.dtype == torch.float32
 
 

@@ -18,6 +18,12 @@ def late() -> None:
         torch.cuda._sleep(10**8)
 
 
+def wait() -> None:
+    """Return when all copies are over."""
+    if DEVICE == "cuda":
+        torch.cuda.current_stream().synchronize()
+
+
 @given(
     batches=st.lists(
         st.lists(st.integers(-(2**31), 2**31 - 1), max_size=300), min_size=1, max_size=6
@@ -32,8 +38,7 @@ def test_what_is_sent_and_received_is_what_was_given(batches, dtype):
         assert tensor.device.type == DEVICE and tensor.dtype == getattr(torch, dtype.__name__)
         received.append(buffers.receive(tensor))
         tensor.fill_(7)  # as the next launch would
-    if DEVICE == "cuda":
-        torch.cuda.current_stream().synchronize()
+    wait()
     # in any order, and more than once
     for values, host in reversed(list(zip(batches, received, strict=True))):
         assert host.tolist() == host.tolist() == values
@@ -62,13 +67,11 @@ def test_a_buffer_is_kept_until_its_copy_is_over():
 def test_a_buffer_is_received_into_again_once_it_was_read():
     buffers, tensor = HostBuffers(device), torch.arange(5, device=device)
     one, other = buffers.receive(tensor), buffers.receive(tensor + 1)
-    if DEVICE == "cuda":
-        torch.cuda.current_stream().synchronize()
+    wait()
     assert one.tolist() == [0, 1, 2, 3, 4]
     again = buffers.receive(tensor * 2)
     assert again._buffer is one._buffer and again._buffer is not other._buffer
-    if DEVICE == "cuda":
-        torch.cuda.current_stream().synchronize()
+    wait()
     assert (one.tolist(), other.tolist(), again.tolist()) == (
         [0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [0, 2, 4, 6, 8],
     )  # fmt: skip
@@ -87,6 +90,5 @@ def test_they_may_be_used_in_inference_mode_and_outside():
     for is_on in (True, False, True):
         with torch.inference_mode(is_on):
             host = buffers.receive(buffers.send([1, 2], np.int64))
-            if DEVICE == "cuda":
-                torch.cuda.current_stream().synchronize()
+            wait()
             assert host.tolist() == [1, 2]
