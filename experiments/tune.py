@@ -121,7 +121,7 @@ def products(model: str, num_tokens: int) -> list[Product]:
 def candidates(num_tokens: int) -> list[Tile]:
     """Tiles worth trying; those that do not fit a kernel or a GPU fail, and are passed over."""
     if num_tokens > 64:
-        grid = itertools.product([False, True], [1, 2], [64, 128], [32, 64, 128, 256])
+        grid = itertools.product([False, True], [1, 2], [64, 128], [32, 64, 96, 128, 192, 256])
         rings = [(ring_tile(c, rows, n, gated=gated), gated) for gated, c, rows, n in grid]
         return list(dict.fromkeys(tile for tile, gated in rings if has_form(tile, gated=gated)))
     if num_tokens == 1:

@@ -45,12 +45,14 @@ def residual_chunks(ptrs, mask_m, cols, N, NUM: gl.constexpr, CHUNK_N: gl.conste
 
 @gluon.jit
 def finish(
-    i, acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, GATED: gl.constexpr
+    i, acc, rstd, residual, bias_ptr, out_bufs, out_desc, row, column, N, BEFORE: gl.constexpr,
+    IN_TILE: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Scale, gate, add and store one consumer's sums of its i-th tile at [row, column], chunk by
-    chunk: one, or a power of 2.
+    chunk.
 
-    acc: [ROWS, WIDTH]; rstd, residual: None or what applies, the latter in chunks.
+    acc: [ROWS, WIDTH]; rstd, residual: None or what applies, the latter in chunks. BEFORE: chunks
+    of the tile that were stored already; IN_TILE: all of its chunks.
     """
     CHUNK_N: gl.constexpr = out_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = acc.shape[1] // 2 if GATED else acc.shape[1]
@@ -61,8 +63,7 @@ def finish(
         chunks, ups = _chunks(gate, CHUNK_N), _chunks(up, CHUNK_N)
     else:
         chunks = _chunks(acc, CHUNK_N)
-    NUM: gl.constexpr = BLOCK_N // CHUNK_N
-    for c in gl.static_range(NUM):
+    for c in gl.static_range(BLOCK_N // CHUNK_N):
         value = chunks[c]
         if rstd is not None:
             value *= rstd[:, None]
@@ -77,7 +78,8 @@ def finish(
         if residual is not None:
             value += residual[c].to(gl.float32)
         # in turn, from tile to tile too: the store before may still read its own
-        buffer = out_bufs.index(c % BUFFERS if NUM > 1 else i % BUFFERS)
+        turn = BEFORE + c if IN_TILE % BUFFERS == 0 else i * IN_TILE + BEFORE + c
+        buffer = out_bufs.index(turn % BUFFERS)
         tma.store_wait(BUFFERS - 1)  # the last store from this buffer has read it
         thread_barrier()
         buffer.store(value.to(out_desc.dtype))

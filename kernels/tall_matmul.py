@@ -10,10 +10,11 @@ from kernels.dependent_launch import launch_options
 from kernels.tall_pipeline import _tall_matmul_kernel
 from kernels.tall_plan import (
     BLOCK_K,
-    CHUNK_SIZE,
     OUT_BUFFERS,
     Plan,
     choose_plan,
+    chunk_width,
+    parts,
     ring_width,
 )
 from kernels.tile import Tile, cdiv, device_sms, next_power_of_2
@@ -90,13 +91,15 @@ def launch_tall_matmul(
         plan = Plan(tile)
     consumers = tile.num_warps // 4
     rows = tile.BLOCK_M // consumers
+    first, rest = parts(tile.BLOCK_N)
     # a lone consumer takes what the loading warps leave of 256 threads with 128 registers each
     options = {"maxnreg": 128} if consumers == 1 else {}
     loaded = rows if consumers > 1 else min(rows, max(next_power_of_2(num_tokens), MIN_LOADED))
     _tall_matmul_kernel[(plan.num_programs(num_tokens, N, sms),)](
         hopper.describe(x, loaded, BLOCK_K, shape=(_rows_in_reach(x, consumers * loaded), K)),
-        hopper.describe(weight, tile.BLOCK_N, BLOCK_K),
-        hopper.describe(out, rows, min(CHUNK_SIZE // rows, tile.BLOCK_N)),
+        hopper.describe(weight, first, BLOCK_K),
+        hopper.describe(weight, rest, BLOCK_K) if rest else None,
+        hopper.describe(out, rows, chunk_width(rows, tile.BLOCK_N)),
         bias,
         residual,
         rstd,
@@ -137,7 +140,7 @@ def has_form(tile: Tile, *, gated: bool) -> bool:
     rows = tile.BLOCK_M // consumers
     return (
         tile.BLOCK_M in (64 * consumers, 128 * consumers)
-        and tile.BLOCK_N in (32, 64, 128, 256)
+        and tile.BLOCK_N in (32, 64, 96, 128, 192, 256)
         and rows * ring_width(tile.BLOCK_N, gated) <= consumers * 64 * 128  # what registers hold
         and tile.num_stages >= 2  # a buffer is given back only once the next one is there
     )

@@ -46,7 +46,7 @@ def ring_tile(
     """A tile of `rows` rows for each consumer, four warps, with the deepest ring that fits."""
     block_m = consumers * rows
     stage_bytes = (block_m + ring_width(block_n, gated)) * BLOCK_K * 2
-    left = SHARED_BYTES - consumers * OUT_BUFFERS * min(CHUNK_SIZE, rows * block_n) * 2
+    left = SHARED_BYTES - consumers * OUT_BUFFERS * rows * chunk_width(rows, block_n) * 2
     return Tile(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -54,6 +54,19 @@ def ring_tile(
         num_warps=4 * consumers,
         num_stages=min(left // stage_bytes, max_stages),
     )
+
+
+def parts(block_n: int) -> tuple[int, int]:
+    """Columns of the two parts that a tile's are cut in: powers of 2; of such a one the second is
+    empty."""
+    first = 1 << block_n.bit_length() - 1
+    return first, block_n - first
+
+
+def chunk_width(rows: int, block_n: int) -> int:
+    """Columns that a consumer of so many rows stores at a time, of either part."""
+    first, rest = parts(block_n)
+    return min(CHUNK_SIZE // rows, rest or first)
 
 
 def ring_width(block_n: int, gated: bool) -> int:
@@ -66,6 +79,7 @@ def ring_width(block_n: int, gated: bool) -> int:
 PLAIN_TILES = (
     (ring_tile(2, 64, 256, gated=False), 1.0),
     (ring_tile(2, 128, 128, gated=False), 1.01),
+    (ring_tile(2, 64, 192, gated=False), 0.78),
     (ring_tile(2, 64, 128, gated=False), 0.52),
     (ring_tile(1, 64, 128, gated=False), 0.42),
     (ring_tile(1, 64, 64, gated=False), 0.36),
@@ -73,6 +87,7 @@ PLAIN_TILES = (
 GATED_TILES = (
     (ring_tile(2, 64, 128, gated=True), 1.0),
     (ring_tile(2, 128, 64, gated=True), 1.01),
+    (ring_tile(2, 64, 96, gated=True), 0.84),
     (ring_tile(2, 64, 64, gated=True), 0.61),
     (ring_tile(1, 64, 64, gated=True), 0.41),
 )

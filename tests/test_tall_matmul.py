@@ -14,6 +14,7 @@ from kernels import MatmulWorkspace, Tile, matmul_workspace, reference, tall_dea
 from kernels.hopper import has_wgmma
 from kernels.tall_matmul import has_form, launch_tall_matmul
 from kernels.tall_plan import (
+    CHUNK_SIZE,
     DEEP_STAGES,
     FLAT_GATED_TILES,
     FLAT_PLAIN_TILES,
@@ -24,6 +25,8 @@ from kernels.tall_plan import (
     TIMED_DEPTH,
     Plan,
     choose_plan,
+    chunk_width,
+    parts,
     tiles_for,
 )
 from kernels.tile import cdiv
@@ -64,7 +67,7 @@ def test_tiles_of_the_tables_have_a_form_and_a_ring_that_overlaps(tile, gated):
     gated=st.booleans(),
 )
 @example(512, 3072, 1024, 132, True)  # three small tiles are through before a large one
-@example(384, 12288, 4096, 132, True)  # and nine are not before three
+@example(384, 12288, 4096, 132, True)  # and nine are not before three of two parts
 def test_no_tile_of_the_table_keeps_the_fullest_sm_less_busy(T, N, K, num_sms, gated):
     read_time = N * (2 if gated else 1) * K / READ_SIZE
     costs = {}
@@ -90,6 +93,23 @@ def test_few_tokens_have_tiles_that_keep_the_sms_evenly_busy(width, num_sms, blo
 
 
 @pytest.mark.parametrize(
+    "num_tokens, num_sms, block_n",
+    [(192, 132, 96), (256, 132, 96), (384, 132, 96), (512, 132, 128), (256, 96, 128)],
+)
+def test_tiles_of_two_parts_are_for_rounds_that_they_fill(num_tokens, num_sms, block_n):
+    plan = choose_plan(num_tokens, 12288, 4096, num_sms, gated=True, may_share=True)
+    assert (plan.tile.BLOCK_N, plan.side) == (block_n, 0)
+
+
+@given(width=st.sampled_from([32, 64, 96, 128, 192, 256]), rows=st.sampled_from([64, 128]))
+def test_a_tile_is_stored_in_chunks_that_both_its_parts_hold(width, rows):
+    first, rest = parts(width)
+    chunk = chunk_width(rows, width)
+    assert first + rest == width and first >= 32 and rest in (0, first // 2)
+    assert first % chunk == rest % chunk == 0 and chunk * rows <= CHUNK_SIZE
+
+
+@pytest.mark.parametrize(
     "shape, num_sms, side",
     [
         ((512, 12288, 4096), 84, 4),  # 384 tiles: 4.57 each, or 5 rounds
@@ -97,7 +117,7 @@ def test_few_tokens_have_tiles_that_keep_the_sms_evenly_busy(width, num_sms, blo
         ((512, 12288, 4096), 96, 0),  # 4 rounds, and nothing left over
         ((512, 12288, 4096), 132, 0),
         ((256, 12288, 4096), 84, 2),
-        ((256, 12288, 4096), 132, 0),  # 1.45 each and what sharing costs, or a small tile's 3
+        ((256, 12288, 4096), 132, 0),  # 1.45 each and what sharing costs, or 2 of two parts
         ((128, 12288, 4096), 84, 0),  # one row of tiles
         ((300, 12288, 4096), 68, 3),
         ((4096, 12288, 4096), 84, 0),
