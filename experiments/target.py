@@ -128,8 +128,10 @@ class EngineTarget:
     vllm: float
 
     def figure(self, rows: Sequence[dict[str, str]], gpu: str) -> float | None:
-        """The median of the newest run with CUDA graphs on that GPU; None where there is none."""
-        what = {"model": self.model, "workload": self.workload, "eager": "False", "gpu": gpu}
+        """The median of the newest run on one such GPU with CUDA graphs; None where there is
+        none."""
+        what = {"model": self.model, "workload": self.workload, "config": "one"}
+        what |= {"eager": "False", "gpu": gpu}
         found = [r for r in rows if all(r.get(name) == value for name, value in what.items())]
         if not found:
             return None

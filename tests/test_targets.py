@@ -121,13 +121,15 @@ def test_the_table_says_what_holds_and_what_was_not_measured():
 
 
 def test_the_engine_is_judged_by_the_median_of_its_newest_run():
-    row = {"model": "m", "workload": "w", "eager": "False", "gpu": "H100", "commit": "abc"}
+    row = {"model": "m", "workload": "w", "config": "one", "eager": "False", "gpu": "H100"}
+    row["commit"] = "abc"
     rows = [
         row | {"date": "2026-01-01", "output_tok_s": "9000"},
         row | {"date": "2026-01-02", "output_tok_s": "100"},
         row | {"date": "2026-01-02", "output_tok_s": "300"},
         row | {"date": "2026-01-03", "output_tok_s": "7", "eager": "True"},
         row | {"date": "2026-01-03", "output_tok_s": "8", "gpu": "H200"},
+        row | {"date": "2026-01-03", "output_tok_s": "900", "config": "pd"},  # of two GPUs
     ]
     aim = EngineTarget("m", "w", 150, 120)
     assert aim.figure(rows, "H100") == 200 and aim.figure(rows, "B200") is None
