@@ -29,7 +29,7 @@ from kernels.tile import (
     next_power_of_2,
     output,
     require_paged,
-    require_shape,
+    require_vector,
 )
 
 SPLIT_LEN = 256  # tokens in a split: with fewer, joining them costs too much beside reading them
@@ -165,7 +165,7 @@ def decode_attention(
     num_requests, num_heads, head_dim = q.shape
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     require_paged(q, kv_cache, block_table, num_requests)
-    require_shape("context_lens", context_lens, num_requests)
+    require_vector("context_lens", context_lens, num_requests)
     out = output(out, q.shape, q)
     if num_requests == 0:
         return out
@@ -183,6 +183,9 @@ def decode_attention(
     if places < num_places or splits < num_splits or held != [group, head_dim]:
         wanted = f"[>= {num_places}, >= {num_splits}, {group}, {head_dim}]"
         raise ValueError(f"workspace must hold {wanted} sums, got {[places, splits, *held]}")
+    if len(workspace.taken) < num_kv_heads:
+        counted = len(workspace.taken)
+        raise ValueError(f"workspace must be for {num_kv_heads} kv heads or more, got {counted}")
     if tile is None and is_pipeline:
         tile = choose_pipeline_tile(block_size, head_dim)
     elif tile is None:

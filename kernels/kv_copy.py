@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.tile import cdiv, require_shape
+from kernels.tile import cdiv, require_shape, require_vector
 
 BLOCK = 4096  # elements a program moves: 8 KiB in bf16, 16-byte accesses
 
@@ -41,8 +41,8 @@ def copy_blocks(src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor) -> N
     ValueError where shapes, dtypes or strides do not fit.
     """
     require_shape("dst", dst, dst.shape[0], *src.shape[1:])
-    require_shape("src_ids", src_ids, src_ids.numel())
-    require_shape("dst_ids", dst_ids, src_ids.numel())
+    require_vector("src_ids", src_ids, src_ids.numel())
+    require_vector("dst_ids", dst_ids, src_ids.numel())
     if src.dtype != dst.dtype:
         raise ValueError(f"dst must be {src.dtype}, got {dst.dtype}")
     for name, pool in (("src", src), ("dst", dst)):

@@ -24,7 +24,8 @@ from kernels.tile import (
     next_power_of_2,
     output,
     require_paged,
-    require_shape,
+    require_unit_stride,
+    require_vector,
 )
 
 
@@ -210,7 +211,8 @@ def prefill_attention(
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     num_requests = context_lens.shape[0]
     require_paged(q, kv_cache, block_table, num_requests)
-    require_shape("cu_seqlens", cu_seqlens, num_requests + 1)
+    require_vector("cu_seqlens", cu_seqlens, num_requests + 1)
+    require_unit_stride("context_lens", context_lens)
     out = output(out, q.shape, q)
     if num_tokens == 0 or max_query_len == 0:
         return out

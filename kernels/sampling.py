@@ -28,7 +28,7 @@ from kernels.logit_weights import (
     weights_of,
     without_nan,
 )
-from kernels.tile import cdiv, next_power_of_2, require_shape, require_unit_stride
+from kernels.tile import cdiv, next_power_of_2, require_unit_stride, require_vector
 
 PIECE_V = 8192  # tokens of a piece: 19 programs for one row of Qwen3's vocabulary
 PIECE_WARPS = 8
@@ -243,10 +243,10 @@ def sample(
     params = (temperature, top_k, top_p, min_p, seeds, steps)
     names = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
     for name, tensor in zip(names, params, strict=True):
-        require_shape(name, tensor, num_rows)
+        require_vector(name, tensor, num_rows)
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    require_shape("out", out, num_rows)
+    require_vector("out", out, num_rows)
     if num_rows == 0:
         return out
     w = sample_workspace(num_rows, vocab_size, logits.device) if workspace is None else workspace

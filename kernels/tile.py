@@ -53,6 +53,12 @@ def require_unit_stride(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous in its last dim, got stride {tensor.stride()}")
 
 
+def require_vector(name: str, tensor: Tensor, length: int) -> None:
+    """ValueError unless the tensor is [length], one element behind the other."""
+    require_shape(name, tensor, length)
+    require_unit_stride(name, tensor)
+
+
 def require_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, num_requests: int) -> None:
     """ValueError unless these belong together. q: [_, H, D], kv_cache: one layer [num_blocks, 2,
     block_size, H_KV, D] with H a multiple of H_KV, block_table: [num_requests, max_blocks]."""

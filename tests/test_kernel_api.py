@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,19 +100,23 @@ TABLE, LENS = (2, 3), (2,)
 
 
 def prefill(
-    q: tuple = (5, 4, 32), kv: tuple = KV, table: tuple = TABLE, cu: tuple = (3,), **options: Tensor
-) -> Tensor:
+    q: tuple = (5, 4, 32), kv: tuple = KV, table: tuple = TABLE, cu: tuple = (3,),
+    cu_of: Tensor | None = None, lens_of: Tensor | None = None, **options: Tensor,
+) -> Tensor:  # fmt: skip
+    cu_seqlens = zeros(*cu).int() if cu_of is None else cu_of
+    lens = zeros(2).int() if lens_of is None else lens_of
     return kernels.prefill_attention(
-        zeros(*q), zeros(*kv), zeros(*table).int(), zeros(*cu).int(), zeros(2).int(), 3, 1.0,
-        **options,
-    )  # fmt: skip
+        zeros(*q), zeros(*kv), zeros(*table).int(), cu_seqlens, lens, 3, 1.0, **options
+    )
 
 
 def decode(
-    q: tuple = (2, 4, 32), kv: tuple = KV, table: tuple = TABLE, lens: tuple = LENS, **options
-) -> Tensor:
+    q: tuple = (2, 4, 32), kv: tuple = KV, table: tuple = TABLE, lens: tuple = LENS,
+    lens_of: Tensor | None = None, **options,
+) -> Tensor:  # fmt: skip
+    context_lens = zeros(*lens).int() if lens_of is None else lens_of
     return kernels.decode_attention(
-        zeros(*q), zeros(*kv), zeros(*table).int(), zeros(*lens).int(), 1.0, **options
+        zeros(*q), zeros(*kv), zeros(*table).int(), context_lens, 1.0, **options
     )
 
 
@@ -146,6 +151,15 @@ def w() -> Tensor:
 
 def every_other() -> Tensor:
     return zeros(3, 16)[:, ::2]
+
+
+def strided_ints(length: int) -> Tensor:
+    return zeros(2 * length).int()[::2]
+
+
+def less(workspace: kernels.DecodeWorkspace) -> kernels.DecodeWorkspace:
+    """As of one kv head fewer, where all else is the same."""
+    return replace(workspace, taken=workspace.taken[1:])
 
 
 MISTAKES = {
@@ -213,6 +227,42 @@ MISTAKES = {
     "decode workspace": (
         lambda: decode(workspace=kernels.decode_workspace(2, 2, 32, DEVICE)),
         ", >= 4, 2, 32] sums, got [",
+    ),
+    "decode strided lens": (
+        lambda: decode(lens_of=strided_ints(2)),
+        "context_lens must be contiguous in its last dim, got stride (2,)",
+    ),
+    "decode workspace of fewer kv heads": (
+        lambda: decode(workspace=less(kernels.decode_workspace(4, 2, 32, DEVICE))),
+        "workspace must be for 2 kv heads or more, got 1",
+    ),
+    "prefill strided cu_seqlens": (
+        lambda: prefill(cu_of=strided_ints(3)),
+        "cu_seqlens must be contiguous in its last dim, got stride (2,)",
+    ),
+    "prefill strided lens": (
+        lambda: prefill(lens_of=strided_ints(2)),
+        "context_lens must be contiguous in its last dim, got stride (2,)",
+    ),
+    "copy strided src_ids": (
+        lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 4), strided_ints(2), ints([0, 1])),
+        "src_ids must be contiguous in its last dim, got stride (2,)",
+    ),
+    "copy strided dst_ids": (
+        lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 4), ints([0, 1]), strided_ints(2)),
+        "dst_ids must be contiguous in its last dim, got stride (2,)",
+    ),
+    "sample strided temperature": (
+        lambda: sample(temperature=zeros(4)[::2]),
+        "temperature must be contiguous in its last dim, got stride (2,)",
+    ),
+    "sample one seed for all": (
+        lambda: sample(seeds=zeros(1).long().expand(2)),
+        "seeds must be contiguous in its last dim, got stride (0,)",
+    ),
+    "sample strided out": (
+        lambda: sample(out=zeros(4).long()[::2]),
+        "out must be contiguous in its last dim, got stride (2,)",
     ),
     "copy dst": (
         lambda: kernels.copy_blocks(zeros(3, 4), zeros(3, 5), ints([0]), ints([0])),
