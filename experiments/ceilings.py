@@ -78,8 +78,7 @@ def measure_ceilings(
     x = torch.ones(stream_bytes // 4, dtype=torch.int32, device=device)
     yield from _read_streams(x, nums_sms, effort)
     y = torch.empty_like(x)
-    times = time_calls(lambda _: y.copy_(x), 1, device, effort)
-    yield _reading("copy", x, times, num_bytes=2 * stream_bytes)
+    yield _copy(x, y, effort)
     peer = peer_device(device)
     if peer is None:
         print("skipped the peer copy: no second GPU that this one can write to")
@@ -113,6 +112,18 @@ def _read_streams(x: Tensor, nums_sms: Sequence[int], effort: Effort) -> Iterato
     for n in nums_sms:
         if n <= num_sms:
             yield _reading("read stream", x, timed(PARTITION_FORM, n), num_bytes=num_bytes, sms=n)
+
+
+def _copy(x: Tensor, y: Tensor, effort: Effort) -> Reading:
+    """The faster of a copy of all of x, and of an odd part of it: of two buffers that lie powers of
+    2 apart, reads and writes crowd on the same channels of memory."""
+    best = None
+    for part in (x, x[: x.numel() * 7 // 16]):
+        to = y[: part.numel()]
+        times = time_calls(lambda _, to=to, part=part: to.copy_(part), 1, x.device, effort)
+        found = _reading("copy", part, times, num_bytes=2 * part.nbytes)
+        best = found if best is None or found.gb_s > best.gb_s else best
+    return best
 
 
 def _matmul(device: torch.device, dtype: torch.dtype, size: int, effort: Effort) -> Reading:

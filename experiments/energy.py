@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-SUSTAINED_SECONDS = 1.0  # the counter moves every 0.1 s or so; clocks have settled long before
+# the counter moves every 0.1 s or so: a reading begins and ends where it does, and lasts until what
+# is left of that is under 1 %; clocks settle in a fifth of the time
+SUSTAINED_SECONDS = 5.0
+LOOK_MS = 10.0  # between two looks at the counter
+TICK_SECONDS = 2.0  # a counter that has not moved by then is none
 
 
 @dataclass(frozen=True)
@@ -40,21 +44,46 @@ def sustain(
     seconds: float = SUSTAINED_SECONDS,
 ) -> Sustained:
     """Time and energy of a call. run: queues `calls` of them, which take about run_ms together, and
-    is run for `seconds`."""
+    is run for `seconds`, and from one move of the counter to another."""
     counter = energy_counter(device)
-    num_runs = max(2, round(seconds * 1e3 / run_ms))
-    num_calls = num_runs * calls
-    for _ in range(num_runs // 5):  # until clocks have settled
-        run()
-    torch.cuda.synchronize(device)
-    before, start = counter(), time.perf_counter()
-    for _ in range(num_runs):
-        run()
-    torch.cuda.synchronize(device)
+    num_runs = max(1, round(LOOK_MS / run_ms))
+
+    def step() -> float:
+        for _ in range(num_runs):
+            run()
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    end = time.perf_counter() + seconds / 5
+    while step() < end:
+        pass
+    before, _ = _next_move(counter, step)
+    start = now = time.perf_counter()
+    num_steps = 0
+    while now < start + seconds:
+        now = step()
+        num_steps += 1
+    after, more = _next_move(counter, step)
+    num_calls = (num_steps + more) * num_runs * calls
     ms = (time.perf_counter() - start) * 1e3 / num_calls
-    after = counter()
     taken = None if before is None or after is None else (after - before) / num_calls
     return Sustained(ms, taken)
+
+
+def _next_move(
+    counter: Callable[[], float | None], step: Callable[[], float]
+) -> tuple[float | None, int]:
+    """What the counter says when it has moved, and the steps until then; None where it does not."""
+    last, end, num_steps = counter(), time.perf_counter() + TICK_SECONDS, 0
+    while last is not None:
+        now = step()
+        num_steps += 1
+        found = counter()
+        if found != last:
+            return found, num_steps
+        if now > end:
+            break
+    return None, num_steps
 
 
 def energy_counter(device: torch.device) -> Callable[[], float | None]:

@@ -2,7 +2,7 @@
 
     python -m experiments.energy_of [--device cuda:0]
 
-Each is run without a pause for two seconds: nothing at all, a read-only stream, a copy, a product
+Each is run without a pause for some seconds: nothing at all, a read-only stream, a copy, a product
 of 8192^3 in bf16. The picojoules are those above an idle GPU's. A row of each goes to
 experiments/results/energy.csv. Needs a GPU whose energy counter NVML can read (nvidia-ml-py).
 """
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from experiments.ceilings import MATMUL_SIZE, STREAM_FORMS, read_stream
-from experiments.energy import energy_counter, sustain
+from experiments.energy import SUSTAINED_SECONDS, energy_counter, sustain
 from experiments.harness import RESULTS, append_row, environment, table
 
-SECONDS = 2.0
 STREAM_BYTES = 4 << 30
 RUN_MS = 2.0  # about what one call of each takes
+IDLE_MS = 10.0
 TABLE = ("what", "ms", "watts", "pj_per_byte", "pj_per_flop")
 
 
@@ -52,7 +52,7 @@ class Reading:
 def measure(
     device: torch.device,
     *,
-    seconds: float = SECONDS,
+    seconds: float = SUSTAINED_SECONDS,
     stream_bytes: int = STREAM_BYTES,
     matmul_size: int = MATMUL_SIZE,
 ) -> Iterator[Reading]:
@@ -60,7 +60,8 @@ def measure(
     counter = energy_counter(device)
     if counter() is None:
         raise RuntimeError(f"{device} must have an energy counter that NVML reads, got none")
-    yield _idle(device, seconds)
+    idle = sustain(lambda: time.sleep(IDLE_MS / 1e3), IDLE_MS, device, seconds=seconds)
+    yield Reading("idle", idle.ms, idle.millijoules, 0, 0)
     x = torch.ones(stream_bytes // 4, dtype=torch.int32, device=device)
     block, num_warps = STREAM_FORMS[1]
     sums = torch.empty(x.numel() // block, dtype=torch.int32, device=device)
@@ -74,15 +75,6 @@ def measure(
         run()
         found = sustain(run, RUN_MS, device, seconds=seconds)
         yield Reading(what, found.ms, found.millijoules, num_bytes, flops)
-
-
-def _idle(device: torch.device, seconds: float) -> Reading:
-    counter = energy_counter(device)
-    torch.cuda.synchronize(device)
-    before, start = counter(), time.perf_counter()
-    time.sleep(seconds)
-    millijoules = counter() - before
-    return Reading("idle", (time.perf_counter() - start) * 1e3, millijoules, 0, 0)
 
 
 def main() -> None:

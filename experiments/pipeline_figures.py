@@ -54,22 +54,25 @@ def _some(rows: list[dict[str, str]], path: Path) -> list[dict[str, str]]:
 
 
 def regime_maps(rows: Iterable[CsvRow]) -> dict[tuple[str, str], dict[tuple[int, int], Cell]]:
-    """By GPU and model, by batch and context, whatever the cut. Of a mode of one cut the newest row
-    counts, beside the serial row that it follows; one that follows none is left out."""
+    """By GPU and model, by batch and context: the best mode of the newest commit that measured the
+    cell, of whatever cut. Of a mode the newest row counts, beside the serial row that it follows;
+    one that follows none is left out."""
     serial_ms: dict[tuple[str, ...], float] = {}
-    speedups: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
+    modes: dict[tuple[str, str], dict[tuple[int, int], tuple[str, dict[str, float]]]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        columns = ("gpu", "model", "batch", "context", "qkv_stage", "o_stage")
+        columns = ("gpu", "model", "batch", "context", "qkv_stage", "o_stage", "commit")
         run = tuple(row[column] for column in columns)
         if row["mode"] == SERIAL:
             serial_ms[run] = _whole_ms(row)
         elif row["mode"] not in NOT_A_PIPELINE and run in serial_ms:
             cell = (int(row["batch"]), int(row["context"]))
-            cells = speedups.setdefault((row["gpu"], row["model"]), {})
-            cells.setdefault(cell, {})[_name(row)] = serial_ms[run] / _whole_ms(row)
+            cells = modes.setdefault((row["gpu"], row["model"]), {})
+            if cell not in cells or cells[cell][0] != row["commit"]:
+                cells[cell] = (row["commit"], {})
+            cells[cell][1][_name(row)] = serial_ms[run] / _whole_ms(row)
     return {
-        place: {cell: _best(found) for cell, found in cells.items()}
-        for place, cells in sorted(speedups.items())
+        place: {cell: _best(found) for cell, (_, found) in cells.items()}
+        for place, cells in sorted(modes.items())
     }
 
 

@@ -119,6 +119,14 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
+class EngineFigure:
+    """What a run made of a workload."""
+
+    tokens_s: float
+    commit: str
+
+
+@dataclass(frozen=True)
 class EngineTarget:
     """Output tokens/s of the whole engine on one GPU; vllm: what vLLM 0.26.0 made of it."""
 
@@ -127,7 +135,7 @@ class EngineTarget:
     want: float
     vllm: float
 
-    def figure(self, rows: Sequence[dict[str, str]], gpu: str) -> float | None:
+    def figure(self, rows: Sequence[dict[str, str]], gpu: str) -> EngineFigure | None:
         """The median of the newest run on one such GPU with CUDA graphs; None where there is
         none."""
         what = {"model": self.model, "workload": self.workload, "config": "one"}
@@ -137,7 +145,8 @@ class EngineTarget:
             return None
         last = max(found, key=lambda r: r["date"])
         run = [r for r in found if (r["date"], r["commit"]) == (last["date"], last["commit"])]
-        return statistics.median(float(r["output_tok_s"]) for r in run)
+        median = statistics.median(float(r["output_tok_s"]) for r in run)
+        return EngineFigure(median, last["commit"])
 
 
 def read_engine_csv(path: Path) -> list[dict[str, str]]:

@@ -64,6 +64,19 @@ def test_the_newest_row_counts_and_gpus_stand_apart():
     assert regime_maps(STEPS[-1:]) == {}
 
 
+def test_a_mode_that_the_newest_commit_did_not_measure_is_none_of_its_cell():
+    old = {"date": "2026-01-01 10:00", "commit": "old"}
+    new = {"date": "2026-01-02 10:00", "commit": "new"}
+    rows = [
+        step(64, 512, "serial", 2.0) | old,
+        step(64, 512, "40:92", 1.6) | old,
+        step(64, 512, "serial", 2.0) | new,
+        step(64, 512, "48:84", 3.0) | new,
+    ]
+    (cells,) = regime_maps(rows).values()
+    assert cells[64, 512].mode == "48:84"
+
+
 def test_another_cut_is_another_mode_of_the_same_cell():
     cuts = [
         step(64, 512, "48:84", 1.8, num_micro_batches=3, date="2026-02-01 10:00"),

@@ -8,7 +8,7 @@ from experiments.bench_kernels import all_cases
 from experiments.harness import RESULTS, append_row
 from experiments.readings import BANDWIDTH, Reading
 from experiments.sheet import Sheet
-from experiments.target import EngineTarget, Target, read_engine_csv
+from experiments.target import EngineFigure, EngineTarget, Target, read_engine_csv
 from experiments.targets import ENGINE, main, table, targets
 
 RUN = {"gpu": "H100", "date": "2026-01-02", "commit": "abc"}
@@ -132,9 +132,12 @@ def test_the_engine_is_judged_by_the_median_of_its_newest_run():
         row | {"date": "2026-01-03", "output_tok_s": "900", "config": "pd"},  # of two GPUs
     ]
     aim = EngineTarget("m", "w", 150, 120)
-    assert aim.figure(rows, "H100") == 200 and aim.figure(rows, "B200") is None
+    assert aim.figure(rows, "H100") == EngineFigure(200, "abc")
+    assert aim.figure(rows, "B200") is None
     lines = table(sheet(reading("sample", "ours", 1.0)), [], [aim], rows).splitlines()
-    assert lines[2] == ("| engine | m w | at least 150 tokens/s (vLLM 120) | 200 tokens/s | yes |")
+    assert lines[2] == (
+        "| engine | m w | at least 150 tokens/s (vLLM 120) | 200 tokens/s (abc) | yes |"
+    )
 
 
 def test_the_engine_targets_are_found_among_the_committed_readings():
