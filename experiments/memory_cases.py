@@ -166,12 +166,14 @@ class Sampling(Case):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    std: float = 3.0  # of the logits: at 1, top-p 0.95 keeps half the vocabulary, at 3 few tokens
 
     @property
     def shape(self) -> str:
         how = f"temperature={self.temperature:g}" if self.temperature else "greedy"
         how += f" top_k={self.top_k}" * bool(self.top_k)
         how += f" top_p={self.top_p:g}" * (self.top_p < 1)
+        how += f" std={self.std:g}" * (self.std != Sampling.std)
         return f"B={self.num_rows} V={self.vocab_size} {how}"
 
     @property
@@ -180,7 +182,7 @@ class Sampling(Case):
 
     def build(self, device: torch.device, copies: int) -> Problem:
         draw, B = Draw(device, self.dtype), self.num_rows
-        logits = [draw.randn(B, self.vocab_size, std=3.0) for _ in range(copies)]
+        logits = [draw.randn(B, self.vocab_size, std=self.std) for _ in range(copies)]
         params = (
             draw.full(B, self.temperature, torch.float32),
             draw.full(B, self.top_k, torch.int32),
@@ -223,5 +225,6 @@ def memory_cases() -> list[Case]:
         Sampling(**logits, temperature=0.6),
         Sampling(**logits, temperature=0.6, top_k=50),
         Sampling(**logits, temperature=0.6, top_p=0.95, quick=True),
+        Sampling(**logits, temperature=0.6, top_p=0.95, std=1.0),
     ]
     return cases
