@@ -27,6 +27,7 @@ class BaseCore(ABC):
     def __init__(self, model_config: ModelConfig) -> None:
         self.model_config = model_config
         self.stats = EngineStats()
+        self._ended: list[Request] = []  # requests that the caller has not heard of yet
 
     @property
     def is_idle(self) -> bool:
@@ -38,8 +39,13 @@ class BaseCore(ABC):
         """Launch what can be launched, and take what is there; returns the requests that ended.
 
         An exception in a launch puts its requests back into the queue, blocks returned, and is
-        raised again.
+        raised again once the others' tokens have been taken: `take_ended` has who ended then.
         """
+
+    def take_ended(self) -> list[Request]:
+        """The requests that ended and were not returned yet."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def close(self) -> None:
         """Give back what memory alone does not free; nothing may be launched afterwards."""
@@ -100,7 +106,7 @@ class BaseCore(ABC):
         self.scheduler.launched(chunks)
         self.stats.prefill_launched(sum(chunk.num_tokens for chunk in chunks))
 
-    def _take(self, launched: Launched, on_token: OnToken, ended: list[Request]) -> None:
+    def _take(self, launched: Launched, on_token: OnToken) -> None:
         """Wait for the tokens of one launch and hand them on. Where that fails, the request at
         fault ends with "error" and those behind it draw their tokens again."""
         token_ids = launched.wait()
@@ -123,7 +129,7 @@ class BaseCore(ABC):
             reason = reason or request.end_reason(self.model_config.eos_token_ids)
             if reason is not None:
                 self.finish(request, reason)
-                ended.append(request)
+                self._ended.append(request)
 
     def _requeue_fresh(self, launched: Launched, first_row: int) -> None:
         """Have the requests from this row on drawn again whose tokens nobody has taken."""

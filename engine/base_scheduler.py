@@ -75,7 +75,7 @@ class BaseScheduler(ABC):
         self.prefilling: Request | None = None  # at most one is cut by the token budget
         self.running: dict[int, Request] = {}  # all of their prompt launched; order of arrival
         self._num_arrived = 0
-        self._refused: tuple[Request | None, int] = (None, 0)  # a head, and the free blocks then
+        self._refused: tuple[Request | None, int] = (None, 0)  # a head, and the room then
 
     @property
     def num_waiting(self) -> int:
@@ -129,6 +129,7 @@ class BaseScheduler(ABC):
         for chunk in chunks:
             if not chunk.is_stale:
                 self._commit(chunk.request, chunk.start + chunk.num_tokens)
+                self._refused = (None, 0)  # it may be what the head begins with
 
     def schedule_decode(self) -> list[Request]:
         """Choose the requests of the next decode launch, in the order of arrival.
@@ -203,6 +204,11 @@ class BaseScheduler(ABC):
     def _may_admit(self, request: Request) -> bool:
         """Whether the head of the queue may have blocks, as far as the limits go."""
 
+    def _room(self) -> int:
+        """Blocks that `_grant` may hand out to one who shares none; where these are no more than
+        when it refused, it would again."""
+        return self.block_manager.num_free_blocks
+
     @abstractmethod
     def _grant(self, request: Request) -> int | None:
         """Grant blocks for all tokens: how many of them are cached; None: too few are free."""
@@ -239,13 +245,13 @@ class BaseScheduler(ABC):
         request = next(iter(self.waiting.values()), None)
         if request is None or not self._may_admit(request):
             return None
-        num_free = self.block_manager.num_free_blocks
-        # hashing a long prompt at every step costs more than it can find while nothing was freed
-        if self.num_running and self._refused[0] is request and num_free <= self._refused[1]:
+        room = self._room()
+        # hashing a long prompt at every step costs more than it can find while no room was made
+        if self.num_running and self._refused[0] is request and room <= self._refused[1]:
             return None
         num_cached = self._grant(request)
         if num_cached is None:
-            self._refused = (request, num_free)
+            self._refused = (request, room)
             return None
         return self._start(request, num_cached)
 

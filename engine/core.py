@@ -88,23 +88,24 @@ class Core(BaseCore):
 
     def step(self, on_token: OnToken) -> list[Request]:
         """Launch the next step, then take the tokens of the one before it; see the base."""
-        ended: list[Request] = []
         with self._side.active():
             launched: list[Launched] = []
             try:
-                self._launch_prefill(launched)
-                self._launch_decode(launched)
-            finally:  # where the second launch fails, the first is under way all the same
+                try:
+                    self._launch_prefill(launched)
+                finally:  # where one launch fails, those of others go on
+                    self._launch_decode(launched)
+            finally:
                 if launched:
                     self._launched.append(launched)
-            # one step stays in flight, or none where there was nothing to launch
-            while len(self._launched) > bool(launched):
-                while oldest := self._launched[0]:
-                    self._take(oldest.pop(0), on_token, ended)
-                self._launched.popleft()
+                # one step stays in flight, or none where there was nothing to launch
+                while len(self._launched) > bool(launched):
+                    while oldest := self._launched[0]:
+                        self._take(oldest.pop(0), on_token)
+                    self._launched.popleft()
         if self.is_idle:
             self.drain()
-        return ended
+        return self.take_ended()
 
     def drain(self) -> None:
         """Wait for what is in flight and drop it: nobody asks for it any more."""

@@ -28,14 +28,19 @@ class Detokenizer:
         tokenizer: Tokenizer | None,
         stop: Sequence[str] = (),
         prompt_token_ids: Sequence[int] = (),
+        *,
+        is_text: bool = False,
     ):
+        """is_text: the prompt was one, and ends with a whole character."""
         self.stopped: str | None = None  # the stop string that was found
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._window = list(prompt_token_ids[-WINDOW:])
         self._num_context = 0  # tokens of the window before the newest whole character
         text = self._decode()
-        self._num_read = len(text.rstrip(INCOMPLETE))  # characters of the window's text passed on
+        # characters of the window's text passed on: a prompt of tokens may end in half a one
+        self._num_read = len(text if is_text else text.rstrip(INCOMPLETE))
+        self._is_new = False  # whether there was a token yet
         self._pieces: list[str] = []
         self._held = ""  # may be the beginning of a stop string
 
@@ -52,11 +57,12 @@ class Detokenizer:
         if self._tokenizer is None or self.stopped is not None:
             return ""
         self._window.extend(token_ids)
+        self._is_new |= bool(token_ids)
         return self._show(self._read(), is_end=False)
 
     def finish(self) -> str:
         """Return what was held back; bytes that never became a character show as U+FFFD."""
-        if self._tokenizer is None or self.stopped is not None:
+        if self._tokenizer is None or self.stopped is not None or not self._is_new:
             return ""
         new = self._decode()[self._num_read :]
         self._num_read += len(new)

@@ -102,8 +102,8 @@ class LLM:
         """End every request and free the device's memory. A second call does nothing."""
         if self._core is None:
             return
-        for request_id in list(self._jobs):
-            self.abort(request_id)
+        for job in self._jobs.values():
+            self._drop(job)
         self._core.close()
         self._core = None
         self._jobs.clear()
@@ -245,7 +245,8 @@ class LLM:
             arrival_time=time.perf_counter(),
         )
         core.scheduler.check(request)
-        detokenizer = Detokenizer(self.tokenizer, params.stop, token_ids)
+        is_text = isinstance(prompt, str)
+        detokenizer = Detokenizer(self.tokenizer, params.stop, token_ids, is_text=is_text)
         return _Job(request, owner, detokenizer, is_live or bool(params.stop))
 
     def _start(self, job: _Job) -> None:
@@ -256,8 +257,12 @@ class LLM:
         """One step; returns what is new for this owner and keeps what is new for others."""
         core = self._require_core()
         with deferred():
-            for request in core.step(self._on_token):
-                self._end_text(self._jobs[request.request_id])
+            try:
+                ended = core.step(self._on_token)
+            except BaseException:
+                self._end_texts(core.take_ended())
+                raise
+            self._end_texts(ended)
         touched = self._touched.pop(owner, {})
         for request_id, job in touched.items():
             if job.request.state is RequestState.FINISHED:
@@ -273,12 +278,28 @@ class LLM:
         job.new_text.append(job.detokenizer.push(token_id))
         return "stop" if job.detokenizer.stopped is not None else None
 
+    def _end_texts(self, requests: Sequence[Request]) -> None:
+        """Of all, even where one's detokenizer fails, which is raised then."""
+        errors = []
+        for request in requests:
+            try:
+                self._end_text(self._jobs[request.request_id])
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     def _end_text(self, job: _Job) -> None:
+        self._touch(job)  # first: should the detokenizer fail, its owner must hear of the end
         if not job.is_live:
             job.new_token_ids = job.request.generated_token_ids
             job.new_text = [job.detokenizer.push(*job.new_token_ids)]
         job.new_text.append(job.detokenizer.finish())
-        self._touch(job)
+
+    def _drop(self, job: _Job) -> None:
+        """End a request of which nobody wants to hear: no text is made."""
+        if job.request.state is not RequestState.FINISHED:
+            self._require_core().finish(job.request, "abort")
 
     def _touch(self, job: _Job) -> None:
         self._touched.setdefault(job.owner, {})[job.request.request_id] = job
@@ -290,7 +311,7 @@ class LLM:
             yield
         except BaseException:
             for job in jobs if self._core is not None else ():
-                self.abort(job.request.request_id)
+                self._drop(job)
                 self._jobs.pop(job.request.request_id, None)
             self._touched.pop(jobs[0].owner if jobs else None, None)
             raise

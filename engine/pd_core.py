@@ -170,17 +170,20 @@ class PDCore(BaseCore):
         wait for that. One more than the device needs is prepared right behind tokens of decode,
         when the next ones are furthest away.
         """
-        ended: list[Request] = []
-        is_busy = self._launch_decode()
-        is_busy |= self._hand_over()
-        if self._is_time_for_prefill():
-            is_busy |= self._launch_prefill()
+        try:
+            is_busy = self._launch_decode()
+            is_busy |= self._hand_over()
+            if self._is_time_for_prefill():
+                is_busy |= self._launch_prefill()
+        except BaseException:  # where one launch fails, those of others go on
+            self._collect(on_token)
+            raise
         self._has_taken_tokens = False
-        while not self._collect(on_token, ended) and not is_busy and self._is_waiting:
+        while not self._collect(on_token) and not is_busy and self._is_waiting:
             time.sleep(POLL_S)
         if self.is_idle:
             self.drain()
-        return ended
+        return self.take_ended()
 
     def _is_time_for_prefill(self) -> bool:
         """Whether to prepare a prefill launch now; only where there is one to go on with may the
@@ -292,14 +295,14 @@ class PDCore(BaseCore):
         events = [self._prefill_side.record()] if behind_prefill else []
         return [event for event in [*events, self._fence] if event is not None]
 
-    def _collect(self, on_token: OnToken, ended: list[Request]) -> bool:
+    def _collect(self, on_token: OnToken) -> bool:
         """Take what has come. True: something has."""
         has_come = False
         for launches in (self._decodes, self._prefills):
             if launches and self._is_done(launches):
                 has_come = True
                 self._has_taken_tokens |= launches is self._decodes
-                self._take(launches.popleft(), on_token, ended)
+                self._take(launches.popleft(), on_token)
         return self.handoffs.poll() or has_come
 
     def _is_done(self, launches: deque[Launched]) -> bool:

@@ -11,6 +11,7 @@ from engine.config import INT64_MAX, INT64_MIN, check_bool, check_int, check_num
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MIN_TOP_P = 2.0**-126  # the least normal fp32: below, kernels would read 0
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature may leave the range of fp32
 
 
@@ -44,6 +45,7 @@ class SamplingParams:
             check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
+        object.__setattr__(self, "top_p", max(self.top_p, MIN_TOP_P))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
 

@@ -1,0 +1,203 @@
+"""What fails for one request leaves the others, their text and their blocks alone."""
+
+from contextlib import suppress
+
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.block_manager import BlockManager
+from engine.detokenizer import Detokenizer
+from engine.request import Request, RequestState
+from engine.scheduler import Scheduler
+from tests.checkpoints import save_random, save_speaker
+from tests.test_detokenizer import ByteTokenizer
+from tests.test_llm import PIECES, greedy
+
+LONG, SHORT = greedy(60, ignore_eos=True), greedy(3, ignore_eos=True)
+MANY = 300  # steps, more than any request here takes
+
+
+@pytest.fixture(scope="module")
+def speaker_folder(tmp_path_factory):
+    return save_speaker(tmp_path_factory.mktemp("speaker"), PIECES)
+
+
+@pytest.fixture(scope="module")
+def ids_folder(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("ids"))
+
+
+def llm_of(folder, *, two: bool) -> LLM:
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 64}
+    return LLM(folder, device="cpu", enable_two_gpu_pd=two, **sizes)
+
+
+@pytest.fixture(params=[False, True], ids=["one device", "two devices"])
+def speaker(request, speaker_folder):
+    with llm_of(speaker_folder, two=request.param) as llm:
+        yield llm
+
+
+def failing(call, at: int = 1):
+    """`call`, but for one time when it raises."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise UnicodeError("no text")
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def run(llm: LLM, error: type[Exception]) -> dict[int, dict]:
+    """Step to the end, errors notwithstanding; the last output of each request."""
+    last = {}
+    for _ in range(MANY):
+        with suppress(error):
+            last |= {out["request_id"]: out for out in llm.step() if out["finished"]}
+        if llm.is_finished():
+            return last
+    raise AssertionError("requests that never end")
+
+
+def test_an_abort_whose_text_fails_is_an_end_all_the_same(speaker):
+    request_id = speaker.add_request([0], LONG)
+    for _ in range(5):
+        speaker.step()
+    detokenizer = speaker._jobs[request_id].detokenizer
+    detokenizer.finish = failing(detokenizer.finish)
+    with pytest.raises(UnicodeError):
+        speaker.abort(request_id)
+    assert run(speaker, UnicodeError)[request_id]["finish_reason"] == "abort"
+
+
+def test_a_tokenizer_that_fails_leaves_nothing_of_the_call(speaker, monkeypatch):
+    tokenizer, step, is_broken = speaker.tokenizer, speaker._core.step, False
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, ids, **options):
+            if is_broken:
+                raise IndexError("no such piece")
+            return tokenizer.decode(ids, **options)
+
+    def breaking(on_token):
+        nonlocal is_broken
+        is_broken = True
+        return step(on_token)
+
+    monkeypatch.setattr(speaker, "tokenizer", Broken())
+    monkeypatch.setattr(speaker._core, "step", breaking)
+    with pytest.raises(IndexError):
+        speaker.generate([[0]] * 5, [SHORT] + [LONG] * 4)
+    stats = speaker.stats()
+    assert (stats["num_running"], stats["num_waiting"], speaker._jobs) == (0, 0, {})
+    is_broken = False
+    speaker.add_request([0], LONG)
+    is_broken = True
+    speaker.exit()
+    assert speaker._core is None
+
+
+def test_an_end_beside_a_failure_has_all_of_its_text(speaker):
+    whole = speaker.generate([[0]], SHORT)[0]["text"]
+    held = greedy(3, ignore_eos=True, stop=[whole[-1] + "@@"])  # its end is held back
+    first, second = speaker.add_request([0], held), speaker.add_request([0], SHORT)
+    detokenizer = speaker._jobs[second].detokenizer
+    detokenizer.push = failing(detokenizer.push, at=3)
+    last = run(speaker, UnicodeError)
+    assert last[first]["text"] == whole and last[first]["finish_reason"] == "length"
+    assert last[second]["finish_reason"] == "error"
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one device", "two devices"])
+def test_a_launch_that_always_fails_stops_nobody_else(ids_folder, two):
+    with llm_of(ids_folder, two=two) as llm:
+        good = llm.add_request([1, 2, 3], LONG)
+        for _ in range(5):
+            llm.step()
+        bad = llm.add_request([4, 5, 6], LONG)
+        core = llm._core
+        launch = core.prefill.launch
+
+        def picky(chunks, *more):
+            if any(chunk.request.request_id == bad for chunk in chunks):
+                raise RuntimeError("not this one")
+            return launch(chunks, *more)
+
+        core.prefill.launch = picky
+        for _ in range(MANY):
+            with pytest.raises(RuntimeError, match="not this one"):
+                llm.step()
+        assert llm._jobs[good].request.state is RequestState.FINISHED
+        core.prefill.launch = launch
+        last = run(llm, RuntimeError)
+        for request_id in (good, bad):
+            assert len(last[request_id]["token_ids"]) == LONG.max_tokens
+
+
+def steps_until_admitted(requests: list[Request], num_blocks: int) -> list[int]:
+    """In which step each request's prompt is launched, on a device that answers at once."""
+    manager = BlockManager(num_blocks, 16)
+    limits = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
+    scheduler = Scheduler(manager, max_model_len=num_blocks * 16, **limits)
+    for request in requests:
+        scheduler.add(request)
+    found: dict[int, int] = {}
+    step = 0
+    while not scheduler.is_idle:
+        step += 1
+        chunks = scheduler.schedule_prefill()
+        scheduler.launched(chunks)
+        for chunk in chunks:
+            found.setdefault(chunk.request.request_id, step)
+        drawn = [(chunk.request, chunk.epoch) for chunk in chunks if chunk.is_last]
+        drawn += [(request, request.epoch) for request in scheduler.schedule_decode()]
+        for request, epoch in drawn:
+            is_taken = scheduler.record_token(request, 7, epoch)
+            if is_taken and len(request.token_ids) >= request.max_total_tokens:
+                scheduler.finish(request, "length")
+    return [found[request.request_id] for request in requests]
+
+
+def request_of(i: int, token_ids: list[int], max_tokens: int) -> Request:
+    return Request(i, token_ids, SamplingParams(max_tokens=max_tokens))
+
+
+def test_a_head_that_was_refused_is_looked_at_again_once_fewer_run():
+    """One ends and frees a block, another grows by one: as many are free, but one less is kept."""
+    sizes = [(16, 60), (15, 100), (14, 2), (160, 10)]
+    requests = [
+        request_of(i, [1000 * i + j for j in range(num_tokens)], max_tokens)
+        for i, (num_tokens, max_tokens) in enumerate(sizes)
+    ]
+    assert steps_until_admitted(requests, 15) == [1, 1, 1, 2]
+
+
+def test_a_head_that_was_refused_is_looked_at_again_once_its_prefix_can_be_shared():
+    document = list(range(90 * 16))
+    requests = [request_of(i, [*document, *[5000 + i] * 8], 100) for i in range(4)]
+    assert steps_until_admitted(requests, 110) == [1, 2, 2, 2]
+
+
+def test_a_text_prompt_ends_with_a_whole_character_whatever_it_is():
+    half = "\u00fc".encode()
+    tokenizer = ByteTokenizer([b"a", "\ufffd".encode(), b"x", half[:1], half[1:]])
+    of_text = Detokenizer(tokenizer, (), [0, 1], is_text=True)
+    assert of_text.finish() == "" and of_text.push(2) == "x"
+    of_tokens = Detokenizer(tokenizer, (), [0, 3])
+    assert of_tokens.finish() == ""  # nothing was generated
+    assert of_tokens.push(4) == "\u00fc"
+
+
+def test_a_top_p_that_fp32_has_not_keeps_the_likeliest(ids_folder):
+    with llm_of(ids_folder, two=False) as llm:
+        (wanted,) = llm.generate([[1, 2]], greedy(4, ignore_eos=True))
+        for seed in range(3):
+            params = SamplingParams(top_p=1e-46, seed=seed, max_tokens=4, ignore_eos=True)
+            assert llm.generate([[1, 2]], params)[0]["token_ids"] == wanted["token_ids"]
