@@ -102,11 +102,10 @@ class LLM:
         """End every request and free the device's memory. A second call does nothing."""
         if self._core is None:
             return
-        for job in self._jobs.values():
+        for job in list(self._jobs.values()):
             self._drop(job)
         self._core.close()
         self._core = None
-        self._jobs.clear()
         self._touched.clear()
         gc.collect()  # a traceback that somebody kept may hold the core in a cycle
         if torch.cuda.is_initialized():
@@ -297,8 +296,9 @@ class LLM:
         job.new_text.append(job.detokenizer.finish())
 
     def _drop(self, job: _Job) -> None:
-        """End a request of which nobody wants to hear: no text is made."""
-        if job.request.state is not RequestState.FINISHED:
+        """Forget a request, if it was queued at all, of which nobody wants to hear: no text."""
+        is_queued = self._jobs.pop(job.request.request_id, None) is not None
+        if is_queued and job.request.state is not RequestState.FINISHED:
             self._require_core().finish(job.request, "abort")
 
     def _touch(self, job: _Job) -> None:
@@ -312,7 +312,6 @@ class LLM:
         except BaseException:
             for job in jobs if self._core is not None else ():
                 self._drop(job)
-                self._jobs.pop(job.request.request_id, None)
             self._touched.pop(jobs[0].owner if jobs else None, None)
             raise
 

@@ -178,7 +178,6 @@ class PDCore(BaseCore):
         except BaseException:  # where one launch fails, those of others go on
             self._collect(on_token)
             raise
-        self._has_taken_tokens = False
         while not self._collect(on_token) and not is_busy and self._is_waiting:
             time.sleep(POLL_S)
         if self.is_idle:
@@ -297,7 +296,7 @@ class PDCore(BaseCore):
 
     def _collect(self, on_token: OnToken) -> bool:
         """Take what has come. True: something has."""
-        has_come = False
+        has_come = self._has_taken_tokens = False
         for launches in (self._decodes, self._prefills):
             if launches and self._is_done(launches):
                 has_come = True

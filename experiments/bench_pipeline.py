@@ -13,7 +13,7 @@ one stream; `plain`, two streams that share all SMs, their kernels' grids whole 
 (not with --map), as large as the split; and each split. Tokens and logits of a mode are compared
 with those of `in order`, to the bit. Times of few layers stand for a model's once what a step does
 around its layers (ends_ms: embedding, LM head, sampling) is taken off. --energy replays each mode
-for a second and more, and notes the joules of a step: at its power limit a GPU lowers its clocks,
+for some seconds, and notes the joules of a step: at its power limit a GPU lowers its clocks,
 and two stages at a time take more power than one. A row for each mode of each cell goes to
 experiments/results/pipeline.csv.
 """
@@ -214,7 +214,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--map", action="store_true", help="all cells of the regime map, in order")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no cell later")
     p.add_argument("--timed", action="store_true", help="also each stage's time, in other graphs")
-    p.add_argument("--energy", action="store_true", help="also joules, over a second of each mode")
+    p.add_argument("--energy", action="store_true", help="also joules, over seconds of each mode")
     p.add_argument("--device", default="cuda")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline.csv")
     args = p.parse_args(argv)

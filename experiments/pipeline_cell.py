@@ -85,7 +85,7 @@ class Cell:
         return time_calls(run, REPLAYS, self.pipeline.device, Effort(), captured=False)
 
     def sustain(self, mode: StageStreams | None, step_ms: float) -> Sustained:
-        """Time and energy of a step that takes about step_ms, replayed for a second and more."""
+        """Time and energy of a step that takes about step_ms, replayed for some seconds."""
         self.step(mode)
         return sustain(self._graphs[mode].replay, step_ms, self.pipeline.device)
 

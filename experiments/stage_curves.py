@@ -253,7 +253,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--qkv", choices=STAGES, default="attention", help="stage of the projection")
     p.add_argument("--o", choices=STAGES, default="ffn", help="stage of the projection")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no cell later")
-    p.add_argument("--energy", action="store_true", help="also joules, over a second, alone")
+    p.add_argument("--energy", action="store_true", help="also joules, over seconds, alone")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline_stages.csv")
     return p.parse_args(argv)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from triton.runtime.jit import JITFunction
 
 from kernels import decode_deal, decode_pipeline
+from tests.test_tall_matmul import Grid
 
 # by import_module: the package exports a function of that name
 decode_attention = import_module("kernels.decode_attention")
@@ -71,25 +72,16 @@ class Pointer:
         return Pointer(self.numbers, self.at + offset)
 
 
-class Scalars:
+class Scalars(Grid):
     """What the kernel takes of Gluon, of one program among so many."""
 
-    minimum, maximum, static_range = staticmethod(min), staticmethod(max), staticmethod(range)
-
-    def __init__(self, program: int, num_programs: int) -> None:
-        self._program, self._num_programs = program, num_programs
+    static_range = staticmethod(range)
 
     def __getattr__(self, name: str) -> Anything:
         return ANYTHING
 
     def program_id(self, axis: int) -> Number:
-        return Number(self._program)
-
-    def num_programs(self, axis: int) -> int:
-        return self._num_programs
-
-    def cdiv(self, a: int, b: int) -> int:
-        return -(-a // b)
+        return Number(self.program)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         if condition is ANYTHING:

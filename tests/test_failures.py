@@ -11,7 +11,7 @@ from engine.request import Request, RequestState
 from engine.scheduler import Scheduler
 from tests.checkpoints import save_random, save_speaker
 from tests.test_detokenizer import ByteTokenizer
-from tests.test_llm import PIECES, greedy
+from tests.test_llm import PIECES, greedy, small_llm
 
 LONG, SHORT = greedy(60, ignore_eos=True), greedy(3, ignore_eos=True)
 MANY = 300  # steps, more than any request here takes
@@ -27,14 +27,14 @@ def ids_folder(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("ids"))
 
 
-def llm_of(folder, *, two: bool) -> LLM:
-    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 64}
-    return LLM(folder, device="cpu", enable_two_gpu_pd=two, **sizes)
-
-
 @pytest.fixture(params=[False, True], ids=["one device", "two devices"])
-def speaker(request, speaker_folder):
-    with llm_of(speaker_folder, two=request.param) as llm:
+def two(request) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def speaker(speaker_folder, two):
+    with small_llm(speaker_folder, enable_two_gpu_pd=two) as llm:
         yield llm
 
 
@@ -97,11 +97,24 @@ def test_a_tokenizer_that_fails_leaves_nothing_of_the_call(speaker, monkeypatch)
         speaker.generate([[0]] * 5, [SHORT] + [LONG] * 4)
     stats = speaker.stats()
     assert (stats["num_running"], stats["num_waiting"], speaker._jobs) == (0, 0, {})
-    is_broken = False
-    speaker.add_request([0], LONG)
-    is_broken = True
-    speaker.exit()
-    assert speaker._core is None
+
+
+def test_exit_makes_no_text(speaker_folder, two):
+    with LLM(speaker_folder, device="cpu", num_kv_blocks=64, enable_two_gpu_pd=two) as llm:
+        request_id = llm.add_request([0], LONG)
+        llm.step()
+        detokenizer = llm._jobs[request_id].detokenizer
+        detokenizer.finish = failing(detokenizer.finish)
+        llm.exit()
+        assert llm._core is None
+
+
+def test_a_call_that_fails_while_it_is_queued_leaves_nothing(speaker, monkeypatch):
+    add = failing(speaker._core.scheduler.add, at=2)
+    monkeypatch.setattr(speaker._core.scheduler, "add", add)
+    with pytest.raises(UnicodeError):
+        speaker.generate([[0]] * 3, LONG)
+    assert speaker._jobs == {} and speaker.is_finished()
 
 
 def test_an_end_beside_a_failure_has_all_of_its_text(speaker):
@@ -115,9 +128,8 @@ def test_an_end_beside_a_failure_has_all_of_its_text(speaker):
     assert last[second]["finish_reason"] == "error"
 
 
-@pytest.mark.parametrize("two", [False, True], ids=["one device", "two devices"])
 def test_a_launch_that_always_fails_stops_nobody_else(ids_folder, two):
-    with llm_of(ids_folder, two=two) as llm:
+    with small_llm(ids_folder, enable_two_gpu_pd=two) as llm:
         good = llm.add_request([1, 2, 3], LONG)
         for _ in range(5):
             llm.step()
@@ -196,7 +208,7 @@ def test_a_text_prompt_ends_with_a_whole_character_whatever_it_is():
 
 
 def test_a_top_p_that_fp32_has_not_keeps_the_likeliest(ids_folder):
-    with llm_of(ids_folder, two=False) as llm:
+    with small_llm(ids_folder) as llm:
         (wanted,) = llm.generate([[1, 2]], greedy(4, ignore_eos=True))
         for seed in range(3):
             params = SamplingParams(top_p=1e-46, seed=seed, max_tokens=4, ignore_eos=True)
