@@ -36,9 +36,10 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @lru_cache(maxsize=64)
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """Keyword arguments for a launch on `device`: PDL where the hardware has it."""
-    if has_dependent_launch(device):
+def launch_options(device: torch.device, *, early: bool = True) -> dict[str, Any]:
+    """Keyword arguments for a launch on `device`: PDL where the hardware has it. Not early: the
+    kernel starts behind the one before, and the next behind it."""
+    if early and has_dependent_launch(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 

@@ -16,6 +16,7 @@ from kernels.tall_plan import (
     chunk_width,
     parts,
     ring_width,
+    starts_early,
 )
 from kernels.tile import Tile, cdiv, device_sms, next_power_of_2
 
@@ -118,7 +119,7 @@ def launch_tall_matmul(
         SIDE=plan.side,
         num_warps=4,  # of the first consumer; the kernel adds the others
         **options,
-        **launch_options(x.device),
+        **launch_options(x.device, early=starts_early(num_tokens, N, K, gated=gated)),
     )
 
 

@@ -24,6 +24,8 @@ READ_SIZE = 77_000_000
 # a memory that all SMs keep busy, and programs at other steps share less of x. On all SMs of an
 # H100 some 20 us
 SHARING = 0.45 / 132
+# multiply-adds from which on an H100 the order of programs is worth more than an early start
+LONG_PRODUCT = 9e9
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,15 @@ def choose_plan(
         if columns >= 1:  # a sum is made in order: cut in more pieces, none would be through sooner
             costs[Plan(largest, side)] = columns * time * depth / TIMED_DEPTH + SHARING * num_sms
     return min(costs, key=costs.__getitem__)
+
+
+def starts_early(num_tokens: int, width: int, depth: int, *, gated: bool) -> bool:
+    """Whether the product's programs had better start while the kernel before ends. Those that do
+    take SMs in the order in which these come free, so that tiles of the same columns, which read
+    the same weights at the same time, end up apart and load L2 more: a long product gains more by
+    a start in order than one before its turn. Flat ones share no weights."""
+    size = num_tokens * ring_width(width, gated) * depth
+    return num_tokens <= TALL_BLOCK_M or size < LONG_PRODUCT
 
 
 def _flat_tile(width: int, num_sms: int, *, gated: bool) -> Tile:
