@@ -10,8 +10,6 @@ CEILING = "ceiling"
 # how a launch came to have only some SMs: not at all; by the size of its grid alone, which leaves
 # to the hardware which SMs; by a green context
 PARTITIONINGS = ("none", "grid", "green")
-BULK_COPY = ("copy_blocks", "bulk copy")
-OUT_OF_L2 = 200_000_000  # bytes read and written, four times an H100's L2
 # what the traffic of a kernel is held against; "copy" where it writes as much as it reads
 BANDWIDTH = {
     "decode_attention": "read stream",
@@ -88,22 +86,12 @@ class Ceilings:
 
     @classmethod
     def of(cls, readings: Iterable[Reading]) -> "Ceilings":
-        """The best of each ceiling over the whole GPU. ValueError where a needed one is missing.
-
-        A bulk copy beside `copy_blocks` is a copy too: on an H100 one of 470 MB is a quarter faster
-        than one between two buffers of a GiB each.
-        """
-        whole = [r for r in readings if r.sms_asked is None]
-        rows = [r for r in whole if r.kernel == CEILING]
+        """The best of each ceiling over the whole GPU. ValueError where a needed one is missing."""
+        rows = [r for r in readings if r.kernel == CEILING and r.sms_asked is None]
         gb_s: dict[str, float] = {}
         for r in rows:
             if not r.flops:
                 gb_s[r.impl] = max(gb_s.get(r.impl, 0.0), r.gb_s)
-        if "copy" in gb_s:
-            bulk = [
-                r.gb_s for r in whole if (r.kernel, r.impl) == BULK_COPY and r.bytes > OUT_OF_L2
-            ]
-            gb_s["copy"] = max([gb_s["copy"], *bulk])
         tflop_s = max((r.tflop_s for r in rows), default=0.0)
         missing = {"read stream", "copy"} - set(gb_s) | ({"matmul"} if not tflop_s else set())
         if missing:

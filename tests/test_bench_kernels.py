@@ -392,15 +392,6 @@ def test_percent_is_of_what_binds():
     assert limits.is_compute_bound(reading(flops=int(ridge * 1.01)))
 
 
-def test_a_large_bulk_copy_raises_the_ceiling_of_copies():
-    rows = [*LIMITS, reading("copy_blocks", "bulk copy", ms=0.4, flops=0)]
-    assert Ceilings.of(rows).gb_s["copy"] == pytest.approx(2500)
-    within_l2 = reading("copy_blocks", "bulk copy", ms=0.01, bytes=10**8, flops=0)
-    assert Ceilings.of([*LIMITS, within_l2]).gb_s["copy"] == pytest.approx(2000)
-    ours = reading("copy_blocks", "ours", ms=0.2, flops=0)
-    assert Ceilings.of([*LIMITS, ours]).gb_s["copy"] == pytest.approx(2000)
-
-
 def test_a_run_without_a_ceiling_is_an_error():
     with pytest.raises(ValueError, match=r"ceilings, got none for \['copy', 'matmul'\]"):
         Ceilings.of(LIMITS[:1])
