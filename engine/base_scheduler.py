@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import le
 from typing import ClassVar
 
 from engine.block_manager import BlockManager
@@ -75,7 +76,7 @@ class BaseScheduler(ABC):
         self.prefilling: Request | None = None  # at most one is cut by the token budget
         self.running: dict[int, Request] = {}  # all of their prompt launched; order of arrival
         self._num_arrived = 0
-        self._refused: tuple[Request | None, int] = (None, 0)  # a head, and the room then
+        self._refused: tuple[Request, tuple[int, ...]] | None = None  # a head, and the room then
 
     @property
     def num_waiting(self) -> int:
@@ -129,7 +130,7 @@ class BaseScheduler(ABC):
         for chunk in chunks:
             if not chunk.is_stale:
                 self._commit(chunk.request, chunk.start + chunk.num_tokens)
-                self._refused = (None, 0)  # it may be what the head begins with
+                self._refused = None  # it may be what the head begins with
 
     def schedule_decode(self) -> list[Request]:
         """Choose the requests of the next decode launch, in the order of arrival.
@@ -204,10 +205,10 @@ class BaseScheduler(ABC):
     def _may_admit(self, request: Request) -> bool:
         """Whether the head of the queue may have blocks, as far as the limits go."""
 
-    def _room(self) -> int:
-        """Blocks that `_grant` may hand out to one who shares none; where these are no more than
-        when it refused, it would again."""
-        return self.block_manager.num_free_blocks
+    def _room(self) -> tuple[int, ...]:
+        """Blocks, of each kind, that `_grant` may hand out to one who shares none; where there are
+        no more of any than when it refused, it would again."""
+        return (self.block_manager.num_free_blocks,)
 
     @abstractmethod
     def _grant(self, request: Request) -> int | None:
@@ -247,17 +248,19 @@ class BaseScheduler(ABC):
             return None
         room = self._room()
         # hashing a long prompt at every step costs more than it can find while no room was made
-        if self.num_running and self._refused[0] is request and room <= self._refused[1]:
-            return None
+        if self.num_running and self._refused is not None:
+            refused, room_then = self._refused
+            if refused is request and all(map(le, room, room_then)):
+                return None
         num_cached = self._grant(request)
         if num_cached is None:
-            self._refused = (request, room)
+            self._refused = request, room
             return None
         return self._start(request, num_cached)
 
     def _start(self, request: Request, num_cached: int) -> Request:
         del self.waiting[request.request_id]
-        self._refused = (None, 0)
+        self._refused = None
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_cached
         request.num_computed_tokens = num_cached

@@ -18,6 +18,15 @@ class _Holding:
     num_committed: int = 0  # leading blocks that lookups can find, or an equal block for them
 
 
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """Leading blocks of some tokens that are findable, as long as nothing is granted."""
+
+    blocks: list[int]
+    digests: list[bytes]  # of the tokens' leading full blocks, as far as they were needed
+    num_free: int  # of the blocks: nobody refers to them
+
+
 class BlockManager:
     """Grants KV blocks, counts who refers to them, and finds cached prefixes.
 
@@ -85,17 +94,40 @@ class BlockManager:
             raise ValueError("token_ids must hold at least one token, got 0")
         if self.num_free_blocks <= keep_free:
             return None  # one block at least is always granted
-        holding = self._lookup(token_ids, digests)
-        num_new = -(-len(token_ids) // self.block_size) - len(holding.table)
-        num_revived = sum(self._ref_counts[block] == 0 for block in holding.table)
-        if self.num_free_blocks - num_revived - num_new < keep_free:
+        prefix = self.find(token_ids, digests)
+        num_new = -(-len(token_ids) // self.block_size) - len(prefix.blocks)
+        if self.num_free_blocks - prefix.num_free - num_new < keep_free:
             return None
-        num_cached_tokens = len(holding.table) * self.block_size
-        for block in holding.table:
-            self._share(block)
-        holding.table.extend(self._grant(num_new))
-        self._holdings[request_id] = holding
-        return num_cached_tokens
+        self.share(request_id, prefix)
+        self._holdings[request_id].table.extend(self._grant(num_new))
+        return len(prefix.blocks) * self.block_size
+
+    def find(self, token_ids: Sequence[int], digests: Sequence[bytes] = ()) -> CachedPrefix:
+        """The longest chain of cached full blocks, the last token left out.
+
+        digests: of these tokens, from a manager that has hashed them already.
+        """
+        blocks: list[int] = []
+        known = list(digests)
+        num_full = (len(token_ids) - 1) // self.block_size if self.enable_prefix_caching else 0
+        while len(blocks) < num_full:
+            self._extend_digests(known, token_ids, len(blocks) + 1)
+            block = self._block_of.get(known[len(blocks)])
+            if block is None:
+                break
+            blocks.append(block)
+        return CachedPrefix(blocks, known, sum(self._ref_counts[b] == 0 for b in blocks))
+
+    def share(self, request_id: int, prefix: CachedPrefix) -> None:
+        """Let a request hold what was found, and nothing has been granted since."""
+        if request_id in self._holdings:
+            raise ValueError(f"request_id must be one without blocks, got {request_id}")
+        for block in prefix.blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+        table = list(prefix.blocks)
+        self._holdings[request_id] = _Holding(table, prefix.digests, len(table))
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         """Make the table cover num_tokens: all the blocks that takes, or none and False."""
@@ -154,20 +186,6 @@ class BlockManager:
         assert self.is_idle, f"blocks still held by requests {sorted(self._holdings)}"
         self.check()
 
-    def _lookup(self, token_ids: Sequence[int], digests: Sequence[bytes]) -> _Holding:
-        """Find the longest cached chain of full blocks, the last token left out."""
-        holding = _Holding([], list(digests))
-        if not self.enable_prefix_caching:
-            return holding
-        for num_full in range(1, (len(token_ids) - 1) // self.block_size + 1):
-            self._extend_digests(holding.digests, token_ids, num_full)
-            block = self._block_of.get(holding.digests[num_full - 1])
-            if block is None:
-                break
-            holding.table.append(block)
-        holding.num_committed = len(holding.table)
-        return holding
-
     def _extend_digests(
         self, digests: list[bytes], token_ids: Sequence[int], num_full: int
     ) -> None:
@@ -185,11 +203,6 @@ class BlockManager:
         if digest not in self._block_of:  # of equal blocks the first stays
             self._block_of[digest] = block
             self._digest_of[block] = digest
-
-    def _share(self, block: int) -> None:
-        if self._ref_counts[block] == 0:
-            del self._cached[block]
-        self._ref_counts[block] += 1
 
     def _grant(self, num_blocks: int) -> list[int]:
         """Take so many free blocks, which there must be: of unknown content as far as they go, then

@@ -18,6 +18,7 @@ class Lease:
     request_id: int
     num_owed: int  # decode blocks promised and not granted yet
     max_decode_blocks: int  # it can never come to hold more
+    num_shared: int  # leading decode blocks, of others, that it holds from the beginning
     in_prefill: bool = True  # it holds blocks there
     in_decode: bool = False
     is_copying: bool = False
@@ -28,7 +29,9 @@ class Leases:
 
     Credits are the free decode blocks that nobody was promised. A lease is opened with a promise,
     which its first decode blocks are taken from; what it needs beyond comes out of the credits.
-    Promises never exceed the free blocks, so that a promised block can always be had.
+    Promises never exceed the free blocks, so that a promised block can always be had. Leading
+    blocks that the decode pool has cached are held from then on, and need no promise: where many
+    prompts begin alike, only the first takes credits for what they share.
     """
 
     def __init__(self, prefill: BlockManager, decode: BlockManager):
@@ -63,6 +66,12 @@ class Leases:
         """Leases whose next decode block comes out of the credits."""
         return len(self._outgrown)
 
+    @property
+    def room(self) -> int:
+        """Credits that a newcomer may take: a block is left for each lease that has outgrown its
+        promise, or the newcomer would soon be preempted."""
+        return self.credits - self.num_outgrown
+
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.prefill.block_size)
@@ -72,25 +81,34 @@ class Leases:
         return self._open[request_id]
 
     def open(
-        self, request_id: int, token_ids: Sequence[int], num_promised: int, max_decode_blocks: int
+        self, request_id: int, token_ids: Sequence[int], num_needed: int, max_decode_blocks: int
     ) -> int | None:
-        """Grant prefill blocks for all of token_ids and promise decode blocks.
+        """Grant prefill blocks for all of token_ids and promise num_needed decode blocks, less
+        those at the beginning that the decode pool has cached and that are shared from now on.
 
         Returns the tokens that the prefill pool has cached; None, and nothing has changed, where
-        it has too few free blocks. ValueError: the credits do not cover num_promised, or the
-        request has a lease.
+        it has too few free blocks, or where the credits, less a block for each lease that has
+        outgrown its promise, do not cover what is needed. num_needed is 0 for one that never
+        decodes. ValueError where the request has a lease.
         """
         if request_id in self._open:
             raise ValueError(f"request_id must be one without a lease, got {request_id}")
-        if num_promised > self.credits:
-            raise ValueError(f"num_promised must be at most {self.credits}, got {num_promised}")
-        num_cached = self.prefill.admit(self._next_id, token_ids)
-        if num_cached is not None:
-            self._open[request_id] = Lease(
-                self._next_id, request_id, num_promised, max_decode_blocks
-            )
-            self._next_id += 1
-            self.num_owed += num_promised
+        prefix = self.decode.find(token_ids if num_needed else [])
+        num_shared = len(prefix.blocks)
+        if num_needed - num_shared + prefix.num_free > self.room:
+            return None
+        num_cached = self.prefill.admit(self._next_id, token_ids, digests=prefix.digests)
+        if num_cached is None:
+            return None
+        lease = Lease(
+            self._next_id, request_id, num_needed - num_shared, max_decode_blocks, num_shared
+        )
+        if num_shared:
+            self.decode.share(lease.lease_id, prefix)
+            lease.in_decode = True
+        self._open[request_id] = lease
+        self._next_id += 1
+        self.num_owed += lease.num_owed
         return num_cached
 
     def start_copy(
@@ -103,12 +121,15 @@ class Leases:
         here on both sides' blocks are kept until `end_copy`, whatever becomes of the request.
         """
         lease = self._open[request_id]
+        if lease.in_decode:
+            # to be found again with what has been computed since; nothing is granted in between
+            self.decode.release(lease.lease_id)
         digests = self.prefill.digests(lease.lease_id)
         num_cached = self.decode.admit(lease.lease_id, token_ids, digests=digests)
         grown = num_cached is not None and self.decode.grow(lease.lease_id, num_copied + 1)
         assert grown, "a promised block is not free"
         destination = self.decode.block_table(lease.lease_id)
-        self._pay(lease, len(destination))
+        self._pay(lease, len(destination) - lease.num_shared)
         lease.in_decode = lease.is_copying = True
         self._note_outgrown(lease)
         moved = slice(self.num_blocks(num_cached), self.num_blocks(num_copied))

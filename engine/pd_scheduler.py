@@ -48,7 +48,7 @@ class Handoff:
 class PDScheduler(BaseScheduler):
     """Prompts in one pool, outputs in the other, KV blocks handed over between them.
 
-    A prompt is admitted only with a promise of decode blocks, see `num_promised`, and while fewer
+    A prompt is admitted only with a promise of decode blocks, see `num_needed`, and while fewer
     than max_decode_backlog are on their way to decode. So a prompt that is computed can always be
     handed over once there is a row for it among those that decode; it waits in the prefill pool
     until then. Who outgrows its promise takes free blocks that nobody was promised, or those of
@@ -120,9 +120,10 @@ class PDScheduler(BaseScheduler):
         """The request's blocks in the decode pool, in token order: live, not to be changed."""
         return self.leases.decode.block_table(self.leases.lease_of(request_id).lease_id)
 
-    def num_promised(self, request: Request) -> int:
-        """Decode blocks that the request is admitted with: for all of its tokens, cached or not,
-        and growth_tokens more, or as many as it may come to; none if its next token is its last."""
+    def num_needed(self, request: Request) -> int:
+        """Decode blocks that the request is admitted with, promised or shared: for all of its
+        tokens and growth_tokens more, or as many as it may come to; none if its next token is its
+        last."""
         num_tokens = len(request.token_ids)
         if self._never_decodes(num_tokens, request):
             return 0
@@ -148,6 +149,7 @@ class PDScheduler(BaseScheduler):
         if not self.leases.end_copy(handoff.lease):
             return False
         self.leases.commit(request.request_id, request.token_ids, handoff.num_tokens)
+        self._refused = None  # it may be what the head begins with
         self._decode_if_ready(request)
         return True
 
@@ -158,15 +160,15 @@ class PDScheduler(BaseScheduler):
             self.preempt(handoff.request)
 
     def _may_admit(self, request: Request) -> bool:
-        if self.decode_backlog >= self.max_decode_backlog:
-            return False
-        # a block for each that has outgrown its promise, or the newcomer would soon be preempted
-        return self.num_promised(request) <= self.leases.credits - self.leases.num_outgrown
+        return self.decode_backlog < self.max_decode_backlog
+
+    def _room(self) -> tuple[int, ...]:
+        return *super()._room(), self.leases.room
 
     def _grant(self, request: Request) -> int | None:
         num_most = self.leases.num_blocks(request.max_total_tokens - 1)
-        num_promised = self.num_promised(request)
-        return self.leases.open(request.request_id, request.token_ids, num_promised, num_most)
+        num_needed = self.num_needed(request)
+        return self.leases.open(request.request_id, request.token_ids, num_needed, num_most)
 
     def _commit(self, request: Request, num_computed: int) -> None:
         self.leases.commit(request.request_id, request.token_ids, num_computed)

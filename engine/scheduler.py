@@ -37,9 +37,9 @@ class Scheduler(BaseScheduler):
     def _may_admit(self, request: Request) -> bool:
         return self.num_running < self.max_num_seqs
 
-    def _room(self) -> int:
+    def _room(self) -> tuple[int, ...]:
         # a block for each running request, or the newcomer would soon be preempted
-        return self.block_manager.num_free_blocks - self.num_running
+        return (self.block_manager.num_free_blocks - self.num_running,)
 
     def _grant(self, request: Request) -> int | None:
         keep_free = self.num_running

@@ -228,7 +228,8 @@ class PDEngine(FakeEngine):
             assert request.num_in_flight == 0 and request.num_computed_tokens == 0
             return
         lease = self.scheduler.leases.lease_of(request.request_id)
-        assert lease.in_decode == (request.state in (RequestState.COPYING, RequestState.DECODING))
+        is_there = request.state in (RequestState.COPYING, RequestState.DECODING)
+        assert lease.in_decode == (is_there or lease.num_shared > 0)
         assert not (lease.in_prefill and request.state is RequestState.DECODING)
         if request.state is RequestState.DECODING:
             assert request.num_computed_tokens == request.num_tokens - 1

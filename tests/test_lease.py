@@ -39,11 +39,12 @@ def test_promise_is_paid_by_the_first_blocks_then_by_growth_then_by_credits() ->
 def test_growth_does_not_take_what_others_were_promised() -> None:
     leases = opened(num_promised=3, num_decode=5)
     leases.start_copy(0, TOKENS[:33], 33)
-    leases.open(1, [7], 2, 2)
-    assert leases.credits == 0 and leases.decode.num_free_blocks == 2
-    assert not leases.grow(0, 49)
+    assert leases.open(1, [7], 2, 2) is None  # one is for who has outgrown its promise
+    leases.open(1, [7], 1, 1)
+    assert leases.credits == 1 and leases.decode.num_free_blocks == 2
+    assert not leases.grow(0, 65)
     leases.close(1)
-    assert leases.grow(0, 49)
+    assert leases.grow(0, 65)
 
 
 def test_one_that_holds_all_it_can_use_has_not_outgrown_its_promise() -> None:
@@ -129,12 +130,56 @@ def test_refused_admission_changes_nothing() -> None:
     leases.assert_idle()
 
 
+def test_what_the_credits_do_not_cover_is_refused() -> None:
+    leases = opened(num_promised=6)
+    assert leases.open(1, [1], 3, 3) is None and leases.open(1, [1], 2, 2) == 0
+    assert (leases.credits, leases.num_owed) == (0, 8)
+    leases.check()
+
+
+def test_shared_blocks_need_no_promise_and_stay() -> None:
+    leases = opened(num_promised=4)  # of eight: three for the prompt, one to grow
+    leases.start_copy(0, TOKENS[:34], 33)
+    leases.end_copy(leases.lease_of(0))
+    leases.commit(0, TOKENS, 33)
+    assert leases.credits == 4
+    for request_id in (1, 2):  # each begins with two blocks that are there, and needs two more
+        leases.open(request_id, TOKENS[:33], 4, 8)
+        assert leases.credits == 4 - 2 * request_id
+        leases.check()
+    assert leases.open(3, TOKENS[:33], 4, 8) is None
+    leases.close(0)
+    assert leases.credits == 2  # the shared two are not among what came back
+    leases.open(3, [7] * 17, 2, 2)
+    leases.start_copy(3, [7] * 17, 17)
+    for request_id in (1, 2):
+        source, destination = leases.start_copy(request_id, TOKENS[:34], 33)
+        assert len(source) == len(destination) == 1 and leases.lease_of(request_id).num_owed == 1
+        leases.check()
+    for request_id in (1, 2, 3):
+        leases.end_copy(leases.lease_of(request_id))
+        leases.close(request_id)
+    leases.assert_idle()
+
+
+def test_a_prefix_that_nobody_holds_is_paid_for_and_kept() -> None:
+    leases = opened(num_promised=3, num_decode=4)
+    leases.start_copy(0, TOKENS[:33], 33)
+    leases.end_copy(leases.lease_of(0))
+    leases.commit(0, TOKENS, 33)
+    leases.close(0)
+    leases.open(1, TOKENS[:33], 3, 3)
+    assert (leases.decode.num_free_blocks, leases.num_owed, leases.credits) == (2, 1, 1)
+    assert leases.open(2, [7] * 17, 2, 2) is None
+    leases.close(1)
+    leases.assert_idle()
+    assert leases.decode.num_cached_blocks == 2
+
+
 def test_wrong_calls_are_refused() -> None:
     leases = opened(num_promised=8)
     with pytest.raises(ValueError, match="request_id must be one without a lease, got 0"):
         leases.open(0, [1], 0, 0)
-    with pytest.raises(ValueError, match="num_promised must be at most 0, got 1"):
-        leases.open(1, [1], 1, 1)
     with pytest.raises(ValueError, match="request 0 must have a copy in flight, has none"):
         leases.end_copy(leases.lease_of(0))
     with pytest.raises(KeyError):

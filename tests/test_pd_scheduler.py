@@ -269,7 +269,7 @@ def test_prefix_being_copied_is_not_found() -> None:
 def test_promise(length: int, max_tokens: int, growth_tokens: int, num_promised: int) -> None:
     engine = engine_of(growth_tokens=growth_tokens)
     request = engine.add([1] * length, max_tokens)
-    assert engine.scheduler.num_promised(request) == num_promised
+    assert engine.scheduler.num_needed(request) == num_promised
     engine.prefill_turn()
     leases = engine.scheduler.leases
     assert (leases.num_owed, leases.credits) == (num_promised, 40 - num_promised)
@@ -283,6 +283,25 @@ def test_prompt_waits_for_credits_and_is_not_overtaken() -> None:
     assert first.state is RequestState.PREFILLED and waiting == [big, small]
     engine.run_to_end()
     assert [r.num_preemptions for r in engine.requests] == [0, 0, 0]
+
+
+def test_prompts_of_one_document_share_it_in_the_decode_pool() -> None:
+    # nine decode blocks for each, were they not alike
+    engine = engine_of(num_decode_blocks=16, growth_tokens=0, max_num_batched_tokens=200)
+    document = steady_prompt(128, 40)
+    prompts = [[*document, salt] for salt in (7, 8, 9)]
+    first, *others = (engine.add(prompt, 12) for prompt in prompts)
+    prefill(engine)
+    assert first.state is RequestState.PREFILLED and engine.scheduler.num_waiting == 2
+    engine.start_copies()
+    prefill(engine)
+    assert engine.scheduler.num_waiting == 2  # what is being copied is not there yet
+    engine.end_copy(0)
+    prefill(engine)
+    assert [other.num_cached_tokens for other in others] == [128, 128]
+    assert [len(handoff.dst_blocks) for handoff in engine.start_copies()] == [1, 1]
+    assert num_held(engine.decode) == 11
+    engine.run_to_end()
 
 
 def test_newcomer_leaves_a_block_for_each_that_outgrew_its_promise() -> None:
