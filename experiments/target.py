@@ -1,11 +1,10 @@
 """What an aim is: a figure of kernels.csv, or of engine.csv, and the bound it is to keep."""
 
-import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from experiments.engine_csv import EngineReading
 from experiments.readings import Reading
 from experiments.sheet import Sheet, best_peer
 
@@ -135,23 +134,15 @@ class EngineTarget:
     want: float
     vllm: float
 
-    def figure(self, rows: Sequence[dict[str, str]], gpu: str) -> EngineFigure | None:
+    def figure(self, readings: Sequence[EngineReading], gpu: str) -> EngineFigure | None:
         """The median of the newest run on one such GPU with CUDA graphs; None where there is
         none."""
-        what = {"model": self.model, "workload": self.workload, "config": "one"}
-        what |= {"eager": "False", "gpu": gpu}
-        found = [r for r in rows if all(r.get(name) == value for name, value in what.items())]
+        wanted = (self.model, self.workload, "one", gpu)
+        found = [
+            r for r in readings if (r.model, r.workload, r.config, r.gpu) == wanted and not r.eager
+        ]
         if not found:
             return None
-        last = max(found, key=lambda r: r["date"])
-        run = [r for r in found if (r["date"], r["commit"]) == (last["date"], last["commit"])]
-        median = statistics.median(float(r["output_tok_s"]) for r in run)
-        return EngineFigure(median, last["commit"])
-
-
-def read_engine_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of experiments.bench_engine; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        last = max(found, key=lambda r: r.date)
+        median = statistics.median(r.output_tok_s for r in found if r.run == last.run)
+        return EngineFigure(median, last.commit)

@@ -9,10 +9,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.engine_csv import EngineReading, read_engine_csv
 from experiments.harness import RESULTS
 from experiments.readings import read_csv
 from experiments.sheet import Sheet
-from experiments.target import EngineTarget, Target, read_engine_csv
+from experiments.target import EngineTarget, Target
 
 # shape, least share of the read stream or 0, published microseconds of FlashInfer's best kernel
 DECODE = (
@@ -131,7 +132,7 @@ def table(
     sheet: Sheet,
     aims: Sequence[Target],
     engine_aims: Sequence[EngineTarget] = (),
-    engine_rows: Sequence[dict[str, str]] = (),
+    engine_readings: Sequence[EngineReading] = (),
 ) -> str:
     """Markdown, a line for each target that was measured, then what was not."""
     lines = ["| kernel | shape | target | measured | holds |", "|---|---|---|---|---|"]
@@ -144,7 +145,7 @@ def table(
         cells = (aim.kernel, aim.where, aim.bound, aim.text(figure), _verdict(aim.holds(figure)))
         lines.append(f"| {' | '.join(cells)} |")
     for aim in engine_aims:
-        figure = aim.figure(engine_rows, sheet.gpu)
+        figure = aim.figure(engine_readings, sheet.gpu)
         if figure is None:
             missing.append(f"engine {aim.model} {aim.workload}")
             continue
@@ -179,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "alone.\nFlashInfer's published times are of another H100, scaled "
         "by what the two read in a second.\n\n"
     )
-    text = table(Sheet.of(readings, last.gpu), targets(), ENGINE, read_engine_csv(args.engine_csv))
+    engine_readings = read_engine_csv(args.engine_csv) if args.engine_csv.exists() else []
+    text = table(Sheet.of(readings, last.gpu), targets(), ENGINE, engine_readings)
     args.out.write_text(head + text)
 
 

@@ -5,11 +5,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from experiments.bench_kernels import all_cases
+from experiments.engine_csv import read_engine_csv
 from experiments.harness import RESULTS, append_row
 from experiments.readings import BANDWIDTH, Reading
 from experiments.sheet import Sheet
-from experiments.target import EngineFigure, EngineTarget, Target, read_engine_csv
+from experiments.target import EngineFigure, EngineTarget, Target
 from experiments.targets import ENGINE, main, table, targets
+from tests.test_engine_csv import READING
 
 RUN = {"gpu": "H100", "date": "2026-01-02", "commit": "abc"}
 
@@ -121,15 +123,14 @@ def test_the_table_says_what_holds_and_what_was_not_measured():
 
 
 def test_the_engine_is_judged_by_the_median_of_its_newest_run():
-    row = {"model": "m", "workload": "w", "config": "one", "eager": "False", "gpu": "H100"}
-    row["commit"] = "abc"
+    one = replace(READING, model="m", workload="w", config="one", eager=False, date="2026-01-02")
     rows = [
-        row | {"date": "2026-01-01", "output_tok_s": "9000"},
-        row | {"date": "2026-01-02", "output_tok_s": "100"},
-        row | {"date": "2026-01-02", "output_tok_s": "300"},
-        row | {"date": "2026-01-03", "output_tok_s": "7", "eager": "True"},
-        row | {"date": "2026-01-03", "output_tok_s": "8", "gpu": "H200"},
-        row | {"date": "2026-01-03", "output_tok_s": "900", "config": "pd"},  # of two GPUs
+        replace(one, output_tok_s=9000, date="2026-01-01"),
+        replace(one, output_tok_s=100),
+        replace(one, output_tok_s=300),
+        replace(one, output_tok_s=7, date="2026-01-03", eager=True),
+        replace(one, output_tok_s=8, date="2026-01-03", gpu="H200"),
+        replace(one, output_tok_s=900, date="2026-01-03", config="pd"),  # of two GPUs
     ]
     aim = EngineTarget("m", "w", 150, 120)
     assert aim.figure(rows, "H100") == EngineFigure(200, "abc")
@@ -144,7 +145,6 @@ def test_the_engine_targets_are_found_among_the_committed_readings():
     rows = read_engine_csv(RESULTS / "engine.csv")
     gpu = "NVIDIA H100 80GB HBM3"
     assert len(ENGINE) == 6 and all(aim.figure(rows, gpu) for aim in ENGINE)
-    assert read_engine_csv(RESULTS / "none.csv") == []
 
 
 def test_every_target_names_a_case_of_the_benchmark():
