@@ -49,21 +49,24 @@ class Detokenizer:
         """All text shown so far."""
         return "".join(self._pieces)
 
-    def push(self, *token_ids: int) -> str:
-        """Take new tokens; return the new text that is safe to show.
-
-        All tokens in one call cost one decode, where nobody waits for the text before the end.
-        """
+    def push(self, token_id: int) -> str:
+        """Take a new token; return the new text that is safe to show."""
         if self._tokenizer is None or self.stopped is not None:
             return ""
-        self._window.extend(token_ids)
-        self._is_new |= bool(token_ids)
+        self._window.append(token_id)
+        self._is_new = True
         return self._show(self._read(), is_end=False)
 
-    def finish(self) -> str:
-        """Return what was held back; bytes that never became a character show as U+FFFD."""
+    def finish(self, *token_ids: int) -> str:
+        """Take the last tokens; return their text and what was held back. Bytes that never became
+        a character show as U+FFFD.
+
+        They cost one decode, so that all of a text does for which nobody waits before its end.
+        """
+        self._is_new |= bool(token_ids)
         if self._tokenizer is None or self.stopped is not None or not self._is_new:
             return ""
+        self._window.extend(token_ids)
         new = self._decode()[self._num_read :]
         self._num_read += len(new)
         return self._show(new, is_end=True)

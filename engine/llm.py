@@ -290,10 +290,10 @@ class LLM:
 
     def _end_text(self, job: _Job) -> None:
         self._touch(job)  # first: should the detokenizer fail, its owner must hear of the end
+        unread: list[int] = []
         if not job.is_live:
-            job.new_token_ids = job.request.generated_token_ids
-            job.new_text = [job.detokenizer.push(*job.new_token_ids)]
-        job.new_text.append(job.detokenizer.finish())
+            job.new_token_ids = unread = job.request.generated_token_ids
+        job.new_text.append(job.detokenizer.finish(*unread))
 
     def _drop(self, job: _Job) -> None:
         """Forget a request, if it was queued at all, of which nobody wants to hear: no text."""

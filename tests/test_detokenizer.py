@@ -116,14 +116,19 @@ def test_what_is_shown_never_belongs_to_a_stop_string(tokens: list[bytes], stop:
 
 
 @settings(max_examples=100)
-@given(tokens=cut_texts(), stop=stops, sizes=st.lists(st.integers(0, 60), max_size=5))
-@example(tokens=[b"a"] * 40 + [b"\xe8", b"\xaa\x9e"], stop=[], sizes=[41])  # a long push, cut
-def test_many_tokens_in_one_call(tokens: list[bytes], stop: list[str], sizes: list[int]) -> None:
-    detokenizer, token_ids = Detokenizer(ByteTokenizer(tokens), stop), list(range(len(tokens)))
-    for size in [*sizes, len(tokens)]:
-        detokenizer.push(*token_ids[:size])
-        del token_ids[:size]
-    detokenizer.finish()
+@given(tokens=cut_texts(), stop=stops, num_pushed=st.just(0) | st.integers(0, 60))
+@example(tokens=[b"a"] * 40 + [b"\xe8", b"\xaa\x9e"], stop=[], num_pushed=41)  # amid a character
+def test_the_last_tokens_come_with_the_end(
+    tokens: list[bytes], stop: list[str], num_pushed: int
+) -> None:
+    tokenizer, token_ids = ByteTokenizer(tokens), list(range(len(tokens)))
+    detokenizer = Detokenizer(tokenizer, stop)
+    for token_id in token_ids[:num_pushed]:
+        detokenizer.push(token_id)
+    num_before = len(tokenizer.num_decoded)
+    detokenizer.finish(*token_ids[num_pushed:])
+    assert len(tokenizer.num_decoded) <= num_before + 1
+    assert detokenizer.finish() == ""
     wanted = cut_at_stop(b"".join(tokens).decode(), stop)
     assert (detokenizer.text, detokenizer.stopped) == wanted
 
