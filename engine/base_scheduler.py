@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import le
@@ -232,9 +232,18 @@ class BaseScheduler(ABC):
 
     def _victim(self) -> Request | None:
         """Whose blocks another one may have; None: none now, there will be some later."""
-        last = next(reversed(self.running.values()))
+        return next(self._latest_first())
+
+    def _latest_first(self) -> Iterator[Request]:
+        """Those that hold blocks, in the reverse order of arrival."""
         cut = self.prefilling
-        return cut if cut is not None and cut.arrival_index > last.arrival_index else last
+        for request in reversed(self.running.values()):
+            if cut is not None and cut.arrival_index > request.arrival_index:
+                yield cut
+                cut = None
+            yield request
+        if cut is not None:
+            yield cut
 
     def _find(self, request_id: int) -> Request | None:
         if self.prefilling is not None and self.prefilling.request_id == request_id:

@@ -52,8 +52,8 @@ class PDScheduler(BaseScheduler):
     than max_decode_backlog are on their way to decode. So a prompt that is computed can always be
     handed over once there is a row for it among those that decode; it waits in the prefill pool
     until then. Who outgrows its promise takes free blocks that nobody was promised, or those of
-    the latest arrival, which is computed anew by the prefill device, known tokens and all (swapping
-    its blocks out instead is left for later). A latest arrival that is being copied is waited for,
+    the latest arrival that has any, which is computed anew by the prefill device, known tokens and
+    all (swapping its blocks out instead is left for later). One that is being copied is waited for,
     as its blocks could not be had before the copy has ended; meanwhile the others decode on.
     """
 
@@ -191,10 +191,12 @@ class PDScheduler(BaseScheduler):
 
     def _victim(self) -> Request | None:
         # blocks that come back with a copy in flight are waited for before others are taken
-        victim = super()._victim()
-        if self.leases.num_closing or self.leases.lease_of(victim.request_id).is_copying:
+        if self.leases.num_closing:
             return None
-        return victim
+        admitted = ((r, self.leases.lease_of(r.request_id)) for r in self._latest_first())
+        # one that never decodes has no blocks to give, and was promised none
+        victim, lease = next((r, its) for r, its in admitted if its.in_decode or its.num_owed)
+        return None if lease.is_copying else victim
 
     def _never_decodes(self, num_tokens: int, request: Request) -> bool:
         """The token behind num_tokens is the request's last, and prefill samples that one."""

@@ -418,6 +418,19 @@ def test_pressure_preempts_the_latest_to_be_computed_on_the_prefill_device() -> 
     assert first.num_preemptions == 0
 
 
+def test_pressure_does_not_preempt_who_has_no_decode_blocks() -> None:
+    engine = engine_of(num_decode_blocks=5, growth_tokens=0)
+    start_decode(engine, 15, max_tokens=50)
+    second = start_decode(engine, 15, max_tokens=50, seed=2)
+    only_prefill = add(engine, 20, max_tokens=1, seed=3)
+    engine.prefill_turn()
+    while not second.num_preemptions:
+        engine.decode_turn()
+        engine.collect(engine.decode_results)
+    assert only_prefill.num_preemptions == 0
+    engine.run_to_end()
+
+
 def test_pressure_waits_for_a_copy_rather_than_take_its_blocks() -> None:
     engine = engine_of(num_decode_blocks=5, growth_tokens=0)
     first = start_decode(engine, 31, max_tokens=49)
