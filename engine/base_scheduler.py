@@ -207,7 +207,7 @@ class BaseScheduler(ABC):
 
     def _room(self) -> tuple[int, ...]:
         """Blocks, of each kind, that `_grant` may hand out to one who shares none; where there are
-        no more of any than when it refused, it would again."""
+        no more of any than when it refused, it is not asked again."""
         return (self.block_manager.num_free_blocks,)
 
     @abstractmethod

@@ -93,10 +93,14 @@ class Leases:
         """
         if request_id in self._open:
             raise ValueError(f"request_id must be one without a lease, got {request_id}")
+        num_full = (len(token_ids) - 1) // self.decode.block_size
+        if num_needed and num_needed - num_full > self.room:
+            return None  # whatever is cached: to find that, the tokens would be hashed
         prefix = self.decode.find(token_ids if num_needed else [])
         num_shared = len(prefix.blocks)
-        if num_needed - num_shared + prefix.num_free > self.room:
+        if num_needed and num_needed - num_shared + prefix.num_free > self.room:
             return None
+        assert num_shared == 0 or num_shared < num_needed, "the newest token has no block"
         num_cached = self.prefill.admit(self._next_id, token_ids, digests=prefix.digests)
         if num_cached is None:
             return None

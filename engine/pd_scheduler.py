@@ -214,6 +214,7 @@ class PDScheduler(BaseScheduler):
     def _hand_over(self, request: Request) -> Handoff:
         num_tokens = request.num_computed_tokens
         blocks = self.leases.start_copy(request.request_id, request.token_ids, num_tokens)
+        self._refused = None  # cached blocks that are shared now cost the head none
         request.state = RequestState.COPYING
         del self._prefilled[request.request_id]
         self._copying.add(request.request_id)

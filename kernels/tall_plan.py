@@ -136,8 +136,8 @@ def choose_plan(
 def starts_early(num_tokens: int, width: int, depth: int, *, gated: bool) -> bool:
     """Whether the product's programs had better start while the kernel before ends. Those that do
     take SMs in the order in which these come free, so that tiles of the same columns, which read
-    the same weights at the same time, end up apart and load L2 more: a long product gains more by
-    a start in order than one before its turn. Flat ones share no weights."""
+    the same weights at the same time, end up apart: a long product loses more by that than an early
+    start gains, as measured on a whole H100. Flat ones share no weights."""
     size = num_tokens * ring_width(width, gated) * depth
     return num_tokens <= TALL_BLOCK_M or size < LONG_PRODUCT
 

@@ -162,6 +162,14 @@ def test_shared_blocks_need_no_promise_and_stay() -> None:
     leases.assert_idle()
 
 
+def test_who_never_decodes_needs_no_credits() -> None:
+    leases = opened(num_promised=3, num_decode=3)
+    leases.start_copy(0, TOKENS[:34], 33)
+    assert (leases.credits, leases.num_outgrown) == (0, 1)
+    assert leases.open(1, [1], 1, 1) is None and leases.open(2, [1], 0, 0) == 0
+    leases.check()
+
+
 def test_a_prefix_that_nobody_holds_is_paid_for_and_kept() -> None:
     leases = opened(num_promised=3, num_decode=4)
     leases.start_copy(0, TOKENS[:33], 33)
