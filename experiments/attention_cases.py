@@ -158,6 +158,7 @@ class PrefillAttention(AttentionCase):
                 longest,
                 scale,
                 out=out[i],
+                num_sms=num_sms,
             )
 
         return Problem(

@@ -47,17 +47,13 @@ def all_cases() -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, append each row to the CSV at once, print a table."""
     args = _parse(argv)
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    device, dtype = args.device, dtype_on(args.device)
     effort = QUICK_EFFORT if args.quick else Effort()
     cases = [
         replace(case, dtype=dtype, sweep=_sweep(case, args))
         for case in all_cases()
         if (case.quick or not args.quick) and case.kernel in (args.only or BANDWIDTH)
     ]
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
     stamp, readings = environment(device), []
     seconds: Counter[str] = Counter()  # what makes a run long
     start = time.perf_counter()
@@ -81,16 +77,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
     p.add_argument("--device", default="cuda:0")
     args = p.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        p.error(f"--device must be a GPU of this machine, got {device} and no CUDA device")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        p.error(
-            f"--device {device} needs TRITON_INTERPRET=1: a rehearsal, without meaning as times"
-        )
+    args.device = current_device(p, args.device)
     if any(n < 1 for n in args.num_sms or ()):
         p.error(f"--num-sms must be positive, got {args.num_sms}")
     return args
+
+
+def current_device(p: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device of that name, from now on the current one. One that kernels cannot run on is an
+    error of the command line."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            p.error(f"--device must be a GPU of this machine, got {device} and no CUDA device")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        p.error(
+            f"--device {device} needs TRITON_INTERPRET=1: a rehearsal, without meaning as times"
+        )
+    return device
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of the cases: the interpreter gets bfloat16 wrong."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 def _sweep(case: Case, args: argparse.Namespace) -> tuple[int, ...]:
