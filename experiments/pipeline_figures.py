@@ -6,6 +6,7 @@ Times of a few layers stand for a whole model's: what a step does around its lay
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -25,6 +26,10 @@ LOOKS = {"attention": "#30638e", "ffn": "#d1495b"}
 LEAST, MOST = 0.6, 1.4  # of the colours
 EVEN = 0.01  # by which readings scatter
 DARK = 0.72  # speed-up below which they are
+MODES = (
+    "of the fastest mode: SMs for attention:FFN, or two plain streams that share all SMs "
+    "(plain 64:68: in grids of so many)"
+)
 
 CsvRow = Mapping[str, str]
 
@@ -102,22 +107,48 @@ def _whole_ms(row: CsvRow) -> float:
 
 
 def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
-    """Green wins, red loses; the number is what the best mode reached, whichever it is."""
+    """Green wins, red loses; the number is what the best mode reached, whichever it is. A row for
+    each GPU, a column for each model, the same batches and contexts in all."""
     maps = regime_maps(rows)
     if not maps:
         return None
-    fig = Figure(figsize=(6.2 * len(maps), 6), layout="constrained")
-    axes = fig.subplots(1, len(maps), squeeze=False)[0]
-    for ax, ((gpu, model), cells) in zip(axes, maps.items(), strict=True):
-        _draw_map(ax, cells)
+    batches, contexts = (
+        sorted({cell[i] for cells in maps.values() for cell in cells}) for i in (0, 1)
+    )
+    fig, places = _grid(maps, (6.2, 5.4))
+    for ((gpu, model), cells), ax in zip(maps.items(), places, strict=True):
+        _draw_map(ax, cells, batches, contexts)
         won = sum(cell.speedup > 1 + EVEN for cell in cells.values())
         ax.set_title(f"{model} on {gpu}\nfaster in {won} of {len(cells)} cells", loc="left", size=9)
-    fig.suptitle(f"Decode in two stages: speed-up over the serial graph\n{_title(rows)}")
+    fig.suptitle(f"Decode in two stages: speed-up over the serial graph\n{MODES}\n{_title(rows)}")
     return fig
 
 
-def _draw_map(ax: Axes, cells: Mapping[tuple[int, int], Cell]) -> None:
-    batches, contexts = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+def _grid(
+    panels: Iterable[tuple[Any, ...]], inches: tuple[float, float], **shared: str
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a place for each panel, of the GPU that it begins with in a row and of what
+    else it is of in a column; what no panel is for stays empty. inches: of a place."""
+    panels = list(panels)
+    gpus, kinds = sorted({p[0] for p in panels}), sorted({p[1:] for p in panels})
+    size = (inches[0] * len(kinds), inches[1] * len(gpus) + 0.6)
+    fig = Figure(figsize=size, layout="constrained")
+    axes = fig.subplots(len(gpus), len(kinds), squeeze=False, **shared)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    places = [axes[gpus.index(p[0]), kinds.index(p[1:])] for p in panels]
+    for ax in places:
+        ax.set_axis_on()
+        ax.tick_params(labelbottom=True, labelleft=True)  # a shared axis has them at its end alone
+    return fig, places
+
+
+def _draw_map(
+    ax: Axes,
+    cells: Mapping[tuple[int, int], Cell],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+) -> None:
     nan = float("nan")
     values = [[cells.get((b, c), Cell(nan, "")).speedup for c in contexts] for b in batches]
     norm = TwoSlopeNorm(1.0, LEAST, MOST)
@@ -158,25 +189,31 @@ def stage_lines(
 
 
 def draw_stages(rows: Sequence[CsvRow]) -> Figure | None:
-    """Alone solid, beside the other stage on the rest of the SMs dashed."""
+    """Alone solid, beside the other stage on the rest of the SMs dashed. A row for each GPU, a
+    column for each model, batch and context, all GPUs of it to one scale."""
     cells = stage_lines(rows)
     if not cells:
         return None
-    fig = Figure(figsize=(6 * len(cells), 5.5), layout="constrained")
-    axes = fig.subplots(1, len(cells), squeeze=False)[0]
-    for ax, ((gpu, model, batch, context), lines) in zip(axes, cells.items(), strict=True):
-        for stage in STAGES:
-            for is_beside in (False, True):
-                if points := lines.get((stage, is_beside)):
-                    label = f"{stage}, {'beside the other' if is_beside else 'alone'}"
-                    dash = "o--" if is_beside else "o-"
-                    ax.plot(*zip(*points, strict=True), dash, label=label, color=LOOKS[stage])
-        ax.set(xlabel="SMs of the stage", ylabel="ms a layer", yscale="log")
+    fig, places = _grid(cells, (6, 4.9), sharex="col", sharey="col")
+    for ((gpu, model, batch, context), lines), ax in zip(cells.items(), places, strict=True):
+        _draw_lines(ax, lines)
         ax.set_title(f"{model}, {batch} requests x {context} tokens\n{gpu}", loc="left", size=9)
-        ax.grid(which="both", alpha=0.25)
-        ax.legend(fontsize=8)
     fig.suptitle(f"Stages of a micro-batch against SMs\n{_title(rows)}")
     return fig
+
+
+def _draw_lines(ax: Axes, lines: Mapping[tuple[str, bool], Line]) -> None:
+    for stage in STAGES:
+        for is_beside in (False, True):
+            if points := lines.get((stage, is_beside)):
+                label = f"{stage}, {'beside the other' if is_beside else 'alone'}"
+                dash = "o--" if is_beside else "o-"
+                ax.plot(*zip(*points, strict=True), dash, label=label, color=LOOKS[stage])
+    ax.set(xlabel="SMs of the stage", ylabel="ms a layer", yscale="log")
+    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        set_formatter(lambda ms, _: f"{ms:g}")
+    ax.grid(which="both", alpha=0.25)
+    ax.legend(fontsize=8)
 
 
 def _title(rows: Sequence[CsvRow]) -> str:

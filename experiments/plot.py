@@ -4,7 +4,8 @@
     python -m experiments.plot --pipeline [--out experiments/results]
 
 Each is written as PNG and SVG. Of each kernel, impl, shape and number of SMs the newest run counts,
-held against the ceilings of that same run; of several GPUs the one measured last, or --gpu.
+held against the ceilings of that same run; of several GPUs the one measured last, or --gpu. Names
+of files carry the GPU where it is not the H100: kernels_roofline_h200.png.
 --pipeline: where decode in two stages wins and loses, and its stages against SMs, from pipeline.csv
 and pipeline_stages.csv.
 """
@@ -221,7 +222,7 @@ PIPELINE_FIGURES = {
 def write_figures(sheet: Sheet, folder: Path) -> list[Path]:
     """Every figure that the readings suffice for, as PNG and SVG."""
     with matplotlib.rc_context(STYLE):
-        return _write({name: draw(sheet) for name, draw in FIGURES.items()}, folder)
+        return _write({name + sheet.suffix: draw(sheet) for name, draw in FIGURES.items()}, folder)
 
 
 def write_pipeline_figures(source: Path, folder: Path) -> list[Path]:

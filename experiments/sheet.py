@@ -1,9 +1,12 @@
 """What the figures of kernels.csv show, as numbers. Knows nothing of how it is drawn."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.readings import BANDWIDTH, CEILING, Ceilings, Reading, best_peers, newest
+
+HOME_GPU = "NVIDIA H100 80GB HBM3"  # the aims were set for it, and it is drawn without its name
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class Sheet:
         days = sorted({r.date.split(" ")[0] for r in self.readings})
         span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         return f"{self.gpu}, commit {commits}, {span}"
+
+    @property
+    def suffix(self) -> str:
+        """What a file's name has of the GPU, so that no other's figures are overwritten."""
+        if self.gpu == HOME_GPU:
+            return ""
+        words = re.findall("[a-z0-9]+", self.gpu.lower().removeprefix("nvidia "))
+        return "_" + "_".join(words)
 
     def percent(self, reading: Reading) -> float:
         """Percent of the ceiling of the reading's own run."""

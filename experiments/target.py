@@ -44,16 +44,21 @@ class Target:
         """The shape and the SMs, for a reader."""
         return self.shape + (f", {self.num_sms} SMs ({self.partitioning})" if self.num_sms else "")
 
-    @property
-    def name(self) -> str:
-        """What is said where it was not measured."""
-        beside = f" beside {self.beside}" if self.beside else ""
-        return f"{self.kernel} {self.where}{beside}"
+    def reading(self, sheet: Sheet) -> Reading | None:
+        """Ours, there."""
+        return ours(sheet, self.kernel, self.shape, self.num_sms, self.partitioning)
 
     def figure(self, sheet: Sheet) -> float | None:
         """What was measured; None where a reading of it, or of its peers, is missing."""
-        reading = ours(sheet, self.kernel, self.shape, self.num_sms, self.partitioning)
+        reading = self.reading(sheet)
         return None if reading is None else MEASURES[self.measure].figure(sheet, reading, self)
+
+    def lacking(self, sheet: Sheet) -> str:
+        """What is missing where there is no figure: ours, or what it is held against."""
+        if self.reading(sheet) is None:
+            return self.kernel
+        other = "the whole GPU" if self.measure == "whole" else "the best peer"
+        return f"{self.kernel} beside {self.beside or other}"
 
     def text(self, figure: float) -> str:
         return MEASURES[self.measure].text.format(figure, beside=self.beside or "the best peer")
@@ -133,6 +138,16 @@ class EngineTarget:
     workload: str
     want: float
     vllm: float
+
+    @property
+    def where(self) -> str:
+        """The model and the workload, for a reader."""
+        return f"{self.model} {self.workload}"
+
+    @property
+    def bound(self) -> str:
+        """What is wanted, for a reader."""
+        return f"at least {self.want:,.0f} tokens/s (vLLM {self.vllm:,.0f})"
 
     def figure(self, readings: Sequence[EngineReading], gpu: str) -> EngineFigure | None:
         """The median of the newest run on one such GPU with CUDA graphs; None where there is

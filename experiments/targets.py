@@ -1,19 +1,20 @@
-"""What was aimed for beside what kernels.csv and engine.csv hold: experiments/results/kernels.md.
+"""What kernels and engine are to reach; writes it beside what they do: results/kernels.md.
 
     python -m experiments.targets [--csv .../kernels.csv] [--engine-csv .../engine.csv] [--out ...]
 
-A kernel's figure is a ratio to a ceiling or a peer of the same run on the same GPU, or a rate.
+A kernel's figure is a ratio to a ceiling or a peer of the same run on the same GPU, or a rate. The
+page has a section for each GPU of kernels.csv.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.engine_csv import EngineReading, read_engine_csv
+from experiments.engine_csv import read_engine_csv
 from experiments.harness import RESULTS
 from experiments.readings import read_csv
-from experiments.sheet import Sheet
 from experiments.target import EngineTarget, Target
+from experiments.targets_page import page
 
 # shape, least share of the read stream or 0, published microseconds of FlashInfer's best kernel
 DECODE = (
@@ -128,61 +129,14 @@ def memory_targets() -> list[Target]:
     ]
 
 
-def table(
-    sheet: Sheet,
-    aims: Sequence[Target],
-    engine_aims: Sequence[EngineTarget] = (),
-    engine_readings: Sequence[EngineReading] = (),
-) -> str:
-    """Markdown, a line for each target that was measured, then what was not."""
-    lines = ["| kernel | shape | target | measured | holds |", "|---|---|---|---|---|"]
-    missing = []
-    for aim in aims:
-        figure = aim.figure(sheet)
-        if figure is None:
-            missing.append(aim.name)
-            continue
-        cells = (aim.kernel, aim.where, aim.bound, aim.text(figure), _verdict(aim.holds(figure)))
-        lines.append(f"| {' | '.join(cells)} |")
-    for aim in engine_aims:
-        figure = aim.figure(engine_readings, sheet.gpu)
-        if figure is None:
-            missing.append(f"engine {aim.model} {aim.workload}")
-            continue
-        bound = f"at least {aim.want:,.0f} tokens/s (vLLM {aim.vllm:,.0f})"
-        measured = f"{figure.tokens_s:,.0f} tokens/s ({figure.commit})"
-        cells = (f"{aim.model} {aim.workload}", bound, measured)
-        lines.append(f"| engine | {' | '.join(cells)} | {_verdict(figure.tokens_s >= aim.want)} |")
-    if missing:
-        lines += ["", "Not measured: " + "; ".join(dict.fromkeys(missing)) + "."]
-    return "\n".join(lines) + "\n"
-
-
-def _verdict(holds: bool) -> str:
-    return "yes" if holds else "**no**"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--csv", type=Path, default=RESULTS / "kernels.csv")
     p.add_argument("--engine-csv", type=Path, default=RESULTS / "engine.csv")
     p.add_argument("--out", type=Path, default=RESULTS / "kernels.md")
     args = p.parse_args(argv)
-    readings = read_csv(args.csv)
-    last = max(readings, key=lambda r: r.date)
-    head = (
-        f"# Kernels beside their targets\n\n{last.gpu}, torch {last.torch}, Triton {last.triton}, "
-        f"driver {last.driver}, commit {last.commit}. Made by `python -m experiments.targets` from "
-        "kernels.csv, which\n`python -m experiments.bench_kernels` writes, and engine.csv (its "
-        "commits in brackets). Medians of CUDA graph timing, buffers\nrotated past L2; a bulk copy "
-        'to the peer is launched from Python. "Beyond" was hoped for, not promised.\n'
-        "(green): both sides on a green context of so many SMs; (grid): the launch told of them "
-        "alone.\nFlashInfer's published times are of another H100, scaled "
-        "by what the two read in a second.\n\n"
-    )
     engine_readings = read_engine_csv(args.engine_csv) if args.engine_csv.exists() else []
-    text = table(Sheet.of(readings, last.gpu), targets(), ENGINE, engine_readings)
-    args.out.write_text(head + text)
+    args.out.write_text(page(read_csv(args.csv), targets(), ENGINE, engine_readings))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,60 @@ def test_cells_in_between_are_said_to_be_missing(tmp_path):
     assert plot.draw_maps(STEPS[-1:]) is None and plot.draw_stages([]) is None
 
 
+def shown(figure) -> list[tuple[int, int, str]]:
+    """(row, column, title) of the places that hold something."""
+    places = [(ax.get_subplotspec(), ax) for ax in figure.axes if ax.axison]
+    return [(p.rowspan.start, p.colspan.start, ax.get_title(loc="left")) for p, ax in places]
+
+
+def test_maps_stand_by_gpu_and_model():
+    """Two GPUs and three models, one of them on one GPU alone."""
+    small = [row | {"model": "Qwen3-0.6B"} for row in STEPS]
+    middle = [row | {"model": "Qwen3-4B"} for row in STEPS]
+    other = [row | {"gpu": "NVIDIA H200"} for row in small + STEPS]
+    figure = plot.draw_maps([*other, *small, *middle, *STEPS])
+    assert len(figure.axes) == 6
+    assert [(row, column, title.split("\n")[0]) for row, column, title in shown(figure)] == [
+        (0, 0, f"Qwen3-0.6B on {GPU}"),
+        (0, 1, f"Qwen3-4B on {GPU}"),
+        (0, 2, f"Qwen3-8B on {GPU}"),
+        (1, 0, "Qwen3-0.6B on NVIDIA H200"),
+        (1, 2, "Qwen3-8B on NVIDIA H200"),
+    ]
+    empty = figure.axes[4]
+    assert not empty.axison and not empty.texts and not empty.images
+
+
+def test_a_cell_has_one_place_in_all_maps():
+    """What one GPU alone has measured is seen to be missing from the other's map."""
+    other = [row | {"gpu": "NVIDIA H200"} for row in STEPS if row["batch"] == "64"]
+    more = [step(64, 128, "48:84", 2.5, gpu="NVIDIA H200")]
+    first, second = plot.draw_maps([*STEPS, *other, *more]).axes
+    for ax in (first, second):
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["128", "512"]
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == ["64", "1024"]
+    texts = {text.get_position(): text.get_text() for text in second.texts}
+    assert texts[0, 1] == texts[1, 1] == "not measured"
+    assert texts[1, 0] == "0.54x loses\n48:84" and "loses" in texts[0, 0]
+    assert "faster in 0 of 2 cells" in second.get_title(loc="left")
+
+
+def test_curves_stand_by_gpu_and_cell_to_one_scale():
+    other = [row | {"gpu": "NVIDIA H200"} for row in STAGES if row["sms"] == "64"]
+    small = [row | {"gpu": "NVIDIA H200", "batch": "256"} for row in STAGES]
+    figure = plot.draw_stages([*other, *small, *STAGES])
+    assert shown(figure) == [
+        (0, 1, f"Qwen3-8B, 512 requests x 512 tokens\n{GPU}"),
+        (1, 0, "Qwen3-8B, 256 requests x 512 tokens\nNVIDIA H200"),
+        (1, 1, "Qwen3-8B, 512 requests x 512 tokens\nNVIDIA H200"),
+    ]
+    above, below = figure.axes[1], figure.axes[3]
+    assert above.get_ylim() == below.get_ylim() and above.get_xlim() == below.get_xlim()
+    figure.draw_without_rendering()
+    assert above.get_xticklabels() and below.get_xticklabels(), "those of the upper may be alone"
+    assert {label.get_text() for label in above.get_yticklabels(which="both")} >= {"0.3", "0.5"}
+
+
 def test_a_csv_of_other_columns_is_refused(tmp_path):
     (tmp_path / "pipeline.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="must have the columns"):

@@ -172,6 +172,21 @@ def test_the_same_csv_gives_the_same_files(tmp_path):
         assert a.read_bytes() == b.read_bytes(), a.name
 
 
+def test_figures_of_another_gpu_overwrite_none(tmp_path):
+    rows = run() + run(gpu="NVIDIA H200", date="2026-03-01 10:00")
+    rows += run(gpu="NVIDIA H100 PCIe", date="2026-02-01 10:00")
+    argv = ["--csv", str(write(tmp_path / "k.csv", rows)), "--out", str(tmp_path / "out")]
+    plot.main(argv)
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert drawn == {f"{name}_h200.{kind}" for name in plot.FIGURES for kind in ("png", "svg")}
+    for gpu in ("h100 80", "pcie"):
+        plot.main([*argv, "--gpu", gpu])
+    assert len(list((tmp_path / "out").iterdir())) == 3 * len(drawn)
+    for suffix, gpu in (("", "H100 80GB HBM3"), ("_h200", "H200"), ("_h100_pcie", "H100 PCIe")):
+        text = (tmp_path / "out" / f"kernels_percent{suffix}.svg").read_text()
+        assert f"NVIDIA {gpu}, commit" in text
+
+
 def test_a_figure_without_readings_is_skipped_by_name(tmp_path, capsys):
     rows = [r for r in run() if r.sms_asked is None and r.kernel in ("ceiling", "rms_norm")]
     plot.main(["--csv", str(write(tmp_path / "k.csv", rows)), "--out", str(tmp_path)])

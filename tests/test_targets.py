@@ -10,7 +10,8 @@ from experiments.harness import RESULTS, append_row
 from experiments.readings import BANDWIDTH, Reading
 from experiments.sheet import Sheet
 from experiments.target import EngineFigure, EngineTarget, Target
-from experiments.targets import ENGINE, main, table, targets
+from experiments.targets import ENGINE, main, targets
+from experiments.targets_page import Line, engine_lines
 from tests.test_engine_csv import READING
 
 RUN = {"gpu": "H100", "date": "2026-01-02", "commit": "abc"}
@@ -107,19 +108,13 @@ def test_the_peers_and_ceilings_of_the_same_run_count():
     assert replace(aim, measure="peer").figure(found) is None
 
 
-def test_the_table_says_what_holds_and_what_was_not_measured():
-    aim = Target(kernel="decode_attention", shape="B=1", measure="share", want=60)
-    missing = replace(aim, shape="B=9", beside="cudnn", num_sms=56, partitioning="green")
-    lines = table(
-        sheet(reading("decode_attention", "ours", 1.0)),
-        [aim, replace(aim, want=50, is_beyond=True), missing],
-        [EngineTarget("Qwen3-8B", "fixed", 6900, 6400)],
-    ).splitlines()
-    assert lines[2].endswith("| at least 60 % of the ceiling | 50 % of the ceiling | **no** |")
-    assert lines[3].endswith("| beyond: at least 50 % of the ceiling | 50 % of the ceiling | yes |")
-    assert lines[-1] == (
-        "Not measured: decode_attention B=9, 56 SMs (green) beside cudnn; engine Qwen3-8B fixed."
-    )
+def test_what_lacks_the_whole_gpu_says_so():
+    aim = Target(kernel="mlp", shape="B=1", measure="whole", want=1, num_sms=56)
+    aim = replace(aim, partitioning="green")
+    found = sheet(reading("mlp", "ours", 1.0, **GREEN))
+    assert aim.figure(found) is None and aim.lacking(found) == "mlp beside the whole GPU"
+    aim = Target(kernel="mlp", shape="B=1", measure="peer", want=1)
+    assert aim.lacking(sheet(reading("mlp", "ours", 1.0))) == "mlp beside the best peer"
 
 
 def test_the_engine_is_judged_by_the_median_of_its_newest_run():
@@ -135,10 +130,11 @@ def test_the_engine_is_judged_by_the_median_of_its_newest_run():
     aim = EngineTarget("m", "w", 150, 120)
     assert aim.figure(rows, "H100") == EngineFigure(200, "abc")
     assert aim.figure(rows, "B200") is None
-    lines = table(sheet(reading("sample", "ours", 1.0)), [], [aim], rows).splitlines()
-    assert lines[2] == (
-        "| engine | m w | at least 150 tokens/s (vLLM 120) | 200 tokens/s (abc) | yes |"
-    )
+    (line,) = engine_lines("H100", [aim], rows)
+    bound = "at least 150 tokens/s (vLLM 120)"
+    made = {"measured": "200 tokens/s", "holds": True, "commit": "abc"}
+    assert line == Line(kernel="engine", where="m w", bound=bound, **made)
+    assert not engine_lines("H100", [replace(aim, want=201)], rows)[0].holds
 
 
 def test_the_engine_targets_are_found_among_the_committed_readings():
