@@ -7,7 +7,10 @@ from torch import Tensor
 from kernels.dependent_launch import launch_options, wait_for_inputs
 from kernels.tile import cdiv, next_power_of_2, output, require_shape, require_unit_stride
 
-BLOCK_H = 8  # heads a program: enough programs at batch 1, few enough index loads at prefill
+BLOCK_H = 16  # heads of a program: enough programs where tokens are few
+MANY_TOKENS = 1024  # from here on a program has all heads of a token: its angles are loaded once
+MAX_HALVES = 4096  # elements of halves of heads that a program has room for
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -123,7 +126,11 @@ def rope_store(
     out = output(out, (num_tokens, num_heads, head_dim), qkv)
     if num_tokens == 0:
         return out
-    grid = (num_tokens, cdiv(num_heads + 2 * num_kv_heads, BLOCK_H))
+    half, all_heads = next_power_of_2(head_dim // 2), num_heads + 2 * num_kv_heads
+    block_h = BLOCK_H
+    if num_tokens >= MANY_TOKENS:
+        block_h = min(next_power_of_2(all_heads), MAX_HALVES // half)
+    grid = (num_tokens, cdiv(all_heads, block_h))
     _rope_store_kernel[grid](
         qkv,
         positions,
@@ -144,9 +151,9 @@ def rope_store(
         D=head_dim,
         BLOCK_SIZE=block_size,
         QK_NORM=q_norm_weight is not None,
-        BLOCK_H=BLOCK_H,
-        BLOCK_HALF=next_power_of_2(head_dim // 2),
-        num_warps=2,
+        BLOCK_H=block_h,
+        BLOCK_HALF=half,
+        num_warps=NUM_WARPS,
         **launch_options(qkv.device),
     )
     return out

@@ -1,5 +1,7 @@
 """QK-norm, RoPE and the write of k and v, in one pass."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -97,6 +99,32 @@ def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, 
     v = qkv.view(len(stored), layout.num_kv_heads * (layout.group + 2), layout.head_dim)
     v = v[slots >= 0, -layout.num_kv_heads :]
     assert_same_bits(pool[blocks, layer, 1, offsets], v)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(context_lens=(), num_kv_heads=3, group=3),
+        Layout(context_lens=(), num_kv_heads=8, group=8, head_dim=128),  # more heads than fit
+        Layout(context_lens=(), num_kv_heads=1, group=1, head_dim=96),
+    ],
+)
+def test_where_tokens_are_many_a_program_has_all_heads_that_fit(monkeypatch, layout):
+    """The same bits as where they are few."""
+    qkv, positions, cos_sin = rope_inputs(5, layout, torch.float16, 0)
+    weights = randn(1, (layout.head_dim,), (layout.head_dim,), dtype=torch.float16)
+    slots = scattered_slots([True, True, False, True, True], 32, 0)
+    shape = (2, 2, 16, layout.num_kv_heads, layout.head_dim)
+
+    def launched() -> tuple[torch.Tensor, torch.Tensor]:
+        kv_cache = torch.zeros(shape, dtype=torch.float16, device=DEVICE)
+        out = kernels.rope_store(qkv, positions, cos_sin, slots, kv_cache, *weights, EPS)
+        return out, kv_cache
+
+    few = launched()
+    monkeypatch.setattr(sys.modules["kernels.rope_store"], "MANY_TOKENS", 1)
+    for ours, wanted in zip(launched(), few, strict=True):
+        assert_same_bits(ours, wanted)
 
 
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
