@@ -45,6 +45,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    # no model: 8B with half the weights beside the same attention. With 2B requests of C / 2 tokens
+    # it computes as much, and reads as many keys and as many bytes of weights, as 8B in int8 with B
+    # requests of C tokens
+    "Qwen3-8B-half": QWEN3
+    | {
+        "num_hidden_layers": 36,
+        "hidden_size": 2048,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
 }
 
 
