@@ -96,15 +96,18 @@ def _list_bits(words, first, list_ptr, count, room):
 
 
 @triton.jit
-def _load_groups(
-    row_ptr, group_ptr, start, num_listed, V, GROUP: tl.constexpr, BLOCK_L: tl.constexpr
-):
-    """[BLOCK_L * GROUP] logits of the groups listed from `start` on."""
+def _load_groups(group_ptr, start, num_listed, V, BLOCK_L: tl.constexpr):
+    """[BLOCK_L] groups listed from `start` on, V where there are no more."""
     offs_l = start + tl.arange(0, BLOCK_L)
-    mask_l = offs_l < num_listed
-    group = tl.load(group_ptr + offs_l, mask=mask_l, other=0)
-    tokens = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x = tl.load(row_ptr + tokens, mask=mask_l[:, None] & (tokens < V), other=-INF)
+    return tl.load(group_ptr + offs_l, mask=offs_l < num_listed, other=V)
+
+
+@triton.jit
+def _load_logits(row_ptr, groups, V, GROUP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """[BLOCK_L * GROUP] logits of these groups, NaN behind the vocabulary: -inf may be a candidate,
+    NaN is none."""
+    tokens = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(row_ptr + tokens, mask=tokens < V, other=float("nan"))
     return tl.reshape(x, [BLOCK_L * GROUP])
 
 
@@ -117,10 +120,13 @@ def _list_tokens(
     order; how many they are, or some number over MAX_CANDIDATES, of which not all are written."""
     group_ptr, word_ptr, token_ptr, value_ptr = lists
     WORDS: tl.constexpr = GROUP // WORD
-    x = _load_groups(row_ptr, group_ptr, 0, num_listed, V, GROUP, BLOCK_L)
+    x = _load_logits(row_ptr, _load_groups(group_ptr, 0, num_listed, V, BLOCK_L), V, GROUP, BLOCK_L)
+    groups = _load_groups(group_ptr, BLOCK_L, num_listed, V, BLOCK_L)
     for start in range(0, num_listed, BLOCK_L):
-        # on their way while those before are looked at
-        next_x = _load_groups(row_ptr, group_ptr, start + BLOCK_L, num_listed, V, GROUP, BLOCK_L)
+        # on their way while those before are looked at, and behind them which come next: a logit
+        # is not asked for before it is known where it lies
+        next_x = _load_logits(row_ptr, groups, V, GROUP, BLOCK_L)
+        groups = _load_groups(group_ptr, start + 2 * BLOCK_L, num_listed, V, BLOCK_L)
         words = _words_of(x.to(tl.float32) >= low, BLOCK_L * GROUP, WORD)
         offs_w = start * WORDS + tl.arange(0, BLOCK_L * WORDS)
         tl.store(word_ptr + offs_w, words, mask=offs_w < num_listed * WORDS)
@@ -175,7 +181,9 @@ def list_candidates(
             # what is missing may lie in groups that all reach it: next time twice as far down, and
             # in the end at `least`
             at_least = tl.minimum(2.0 * tl.maximum(octaves, FIRST_OCTAVES), OCTAVES)
-        words = _words_of(group_tops >= low, BLOCK_G, WORD)
+        # what fills the index up to a power of 2 has no room in the list, and reaches -inf
+        is_group = tl.arange(0, BLOCK_G) < NUM_PIECES * GROUPS
+        words = _words_of(is_group & (group_tops >= low), BLOCK_G, WORD)
         first = tl.arange(0, BLOCK_G // WORD) * WORD
         num_listed = _list_bits(words, first, group_ptr, 0, BLOCK_G)
         tl.debug_barrier()
@@ -184,21 +192,18 @@ def list_candidates(
         )
         is_short = False
         if only_p & (low > least) & (count <= MAX_CANDIDATES):
-            _, found = scan_list(value_ptr, count, low, top, scale, LANES)
+            found = masses_of_list(value_ptr, count, low, top, scale, LANES)
             is_short = tl.sum(found, axis=0) < top_p * total
     return low, count
 
 
 @triton.jit
-def scan_list(value_ptr, count, pivot, top, scale, LANES: tl.constexpr):
-    """(count, mass), [LANES] each, of the listed values >= pivot; a lane has neighbours."""
+def masses_of_list(value_ptr, count, threshold, top, scale, LANES: tl.constexpr):
+    """[LANES] masses of the listed values >= threshold; a lane has neighbours."""
     per_lane = tl.cdiv(count, LANES)
     offs = tl.arange(0, LANES) * per_lane
-    found = tl.zeros([LANES], tl.int32)
     mass = tl.zeros([LANES], tl.float32)
     for i in range(per_lane):
         x = tl.load(value_ptr + offs + i, mask=offs + i < count, other=-INF)
-        is_reached = x >= pivot
-        found += is_reached.to(tl.int32)
-        mass += tl.where(is_reached, weights_of(x, top, scale), 0.0)
-    return found, mass
+        mass += tl.where(x >= threshold, weights_of(x, top, scale), 0.0)
+    return mass

@@ -1,13 +1,13 @@
 """The token at which a running sum of weights passes a row's uniform number.
 
 By sums of neighbours first, then within the one that is hit: of a row's pieces and their groups, or
-of the lanes of a list of candidates.
+of the lanes of a list of candidates. At once where registers hold all candidates.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.candidates import scan_list
+from kernels.candidates import masses_of_list
 from kernels.logit_weights import INF, weights_of, without_nan
 
 
@@ -67,12 +67,20 @@ def draw_from_row(
 
 
 @triton.jit
+def draw_from_held(held, token_ptr, share, threshold, top, scale, LANES: tl.constexpr):
+    """The same from [LANES] candidates and their tokens."""
+    weights = tl.where(held >= threshold, weights_of(held, top, scale), 0.0)
+    index, _ = _locate(weights, share, LANES)
+    return tl.load(token_ptr + index)
+
+
+@triton.jit
 def draw_from_list(
     value_ptr, token_ptr, count, share, threshold, top, scale, LANES: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """The same from a list of `count` values and their tokens, up to BLOCK_I of them in a lane."""
-    _, masses = scan_list(value_ptr, count, threshold, top, scale, LANES)
+    masses = masses_of_list(value_ptr, count, threshold, top, scale, LANES)
     lane, share = _locate(masses, share, LANES)
     per_lane = tl.cdiv(count, LANES)
     first = lane * per_lane

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kernels.candidates import list_candidates
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.inverse_cdf import draw_from_list, draw_from_row, uniform
-from kernels.kept_logits import scan_row, threshold_of
+from kernels.inverse_cdf import draw_from_held, draw_from_list, draw_from_row, uniform
+from kernels.kept_logits import masses_from, threshold_of
 from kernels.logit_weights import (
     INF,
     OCTAVES,
@@ -35,12 +35,14 @@ PIECE_WARPS = 8
 GROUP = 64  # tokens whose largest logit and mass are in the index
 MAX_CANDIDATES = 16384  # listed; a row with more of them is searched whole
 WORD = 32  # bits of a word that says which of neighbours are candidates
-LISTED_AT_ONCE = 64  # groups that may hold a candidate, whose logits are read in one step
 WORDS_AT_ONCE = 1024  # words whose bits are listed in one step
-LANES = 1024  # of the list of candidates
-SCAN_TILE = 2048  # logits that the search of a whole row looks at in one step
-DRAW_WARPS = 8
-DRAW_REGISTERS = 128  # of a thread: two rows to an SM
+LISTED_AT_ONCE = 128  # groups that may hold a candidate, whose logits are read in one step
+FEW_HELD, MANY_HELD = 1024, 2048  # candidates that registers hold: the fewer, the sooner drawn
+LANES = 1024  # that share a longer list
+SCAN_TILE = 1024  # logits that a scan of a list or of a whole row looks at in one step
+MASS_TILE = 2048  # logits whose mass is added to that of their pieces in one step
+DRAW_WARPS = 4  # more of them repeat what is of the row alone, and the SM issues it all
+DRAW_REGISTERS = 255  # of a thread: two rows to an SM
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,25 @@ def _mass_of_pieces(tops, top, mass_ptr, scale, NUM_PIECES: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _draw_held(
+    lists, count, limits, low, floor, top, total, scale, share, SHIFT: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """A row's token where registers hold all that its limits may keep."""
+    token_ptr, value_ptr = lists[2], lists[3]
+    lanes = tl.arange(0, HELD)
+    held = tl.load(value_ptr + lanes, mask=lanes < count, other=-INF)
+    threshold = threshold_of(held, limits, low, low, floor, top, total, scale, True, SHIFT, 0)
+    return draw_from_held(held, token_ptr, share, threshold, top, scale, HELD)
+
+
+@triton.jit
 def _draw_limited(
     row_ptr, index, lists, limits, min_p, temperature, top, masses, share, V,
     NUM_PIECES: tl.constexpr, PIECE_V: tl.constexpr, GROUP: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, WORD: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEW_HELD: tl.constexpr, MANY_HELD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(token, whether it is one, threshold, masses): a row's token where all that limits keep is
     listed; where not, the threshold and the masses of the kept by pieces, to draw it by."""
@@ -147,24 +163,32 @@ def _draw_limited(
     # the share of top-p is one of all top-k, min-p or not
     least = tl.maximum(bottom, cell_to_float(float_to_cell(floor, SHIFT), SHIFT))
     least = tl.where(by_k & by_p, bottom, least)
-    low, count = list_candidates(
+    guess, count = list_candidates(
         row_ptr, index, lists, limits, top, total, scale, least, V, NUM_PIECES, PIECE_V, GROUP,
         MAX_CANDIDATES, SHIFT, WORD, BLOCK_P, BLOCK_L, BLOCK_W, LANES,
     )  # fmt: skip
-    is_listed = count <= MAX_CANDIDATES
-    low = tl.where(is_listed | by_k, low, least)
-    source = (is_listed, value_ptr, count, row_ptr, V)
-    threshold = threshold_of(
-        source, limits, low, floor, top, total, scale, SHIFT, PIECE_V, BLOCK_P, BLOCK_C, LANES
-    )
-    token = 0
-    if is_listed:
-        BLOCK_I: tl.constexpr = MAX_CANDIDATES // LANES
-        token = draw_from_list(
-            value_ptr, token_ptr, count, share, threshold, top, scale, LANES, BLOCK_I
+    is_listed, token, threshold = count <= MAX_CANDIDATES, 0, floor
+    if count <= FEW_HELD:
+        token = _draw_held(
+            lists, count, limits, guess, floor, top, total, scale, share, SHIFT, FEW_HELD
+        )
+    elif count <= MANY_HELD:
+        token = _draw_held(
+            lists, count, limits, guess, floor, top, total, scale, share, SHIFT, MANY_HELD
         )
     else:
-        _, masses = scan_row(row_ptr, threshold, top, scale, V, PIECE_V, BLOCK_P, BLOCK_C)
+        low = tl.where(is_listed | by_k, guess, least)
+        source = (is_listed, value_ptr, count, row_ptr, V)
+        threshold = threshold_of(
+            source, limits, guess, low, floor, top, total, scale, False, SHIFT, BLOCK_V
+        )
+        if is_listed:
+            BLOCK_I: tl.constexpr = MAX_CANDIDATES // LANES
+            token = draw_from_list(
+                value_ptr, token_ptr, count, share, threshold, top, scale, LANES, BLOCK_I
+            )
+        else:
+            masses = masses_from(row_ptr, threshold, top, scale, V, PIECE_V, BLOCK_P, BLOCK_C)
     return token, is_listed, threshold, masses
 
 
@@ -174,8 +198,8 @@ def _draw_kernel(
     mass_ptr, group_top_ptr, group_mass_ptr, group_ptr, word_ptr, token_ptr, value_ptr, out_ptr, V,
     stride_l_b, NUM_PIECES: tl.constexpr, PIECE_V: tl.constexpr, GROUP: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, WORD: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, LANES: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEW_HELD: tl.constexpr, MANY_HELD: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program draws one row's token."""
     NUM_GROUPS: tl.constexpr = NUM_PIECES * (PIECE_V // GROUP)
@@ -208,7 +232,7 @@ def _draw_kernel(
         token, is_found, threshold, masses = _draw_limited(
             row_ptr, index, lists, limits, min_p, temperature, top, masses, share, V, NUM_PIECES,
             PIECE_V, GROUP, MAX_CANDIDATES, SHIFT, WORD, BLOCK_P, BLOCK_C, BLOCK_L, BLOCK_W,
-            LANES,
+            BLOCK_V, FEW_HELD, MANY_HELD, LANES,
         )  # fmt: skip
     if is_found == 0:
         token = draw_from_row(
@@ -286,10 +310,13 @@ def _launch(logits: Tensor, params: tuple[Tensor, ...], w: SampleWorkspace, out:
         # bits of an fp32 pattern, from its end, that the dtype of the logits leaves zero
         SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
         BLOCK_P=block_p,
-        BLOCK_C=min(max(SCAN_TILE // block_p, 16), PIECE_V),
+        BLOCK_C=min(max(MASS_TILE // block_p, 16), PIECE_V),
         WORD=WORD,
         BLOCK_L=LISTED_AT_ONCE,
         BLOCK_W=WORDS_AT_ONCE,
+        BLOCK_V=SCAN_TILE,
+        FEW_HELD=FEW_HELD,
+        MANY_HELD=MANY_HELD,
         LANES=LANES,
         num_warps=DRAW_WARPS,
         maxnreg=DRAW_REGISTERS,

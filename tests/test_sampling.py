@@ -112,12 +112,15 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {
         "PIECE_V": 64,
         "GROUP": 8,
-        "WORD": 4,
         "MAX_CANDIDATES": 32,
-        "LISTED_AT_ONCE": 4,
+        "WORD": 4,
         "WORDS_AT_ONCE": 8,
+        "LISTED_AT_ONCE": 4,
+        "FEW_HELD": 4,
+        "MANY_HELD": 16,
         "LANES": 8,
-        "SCAN_TILE": 256,
+        "SCAN_TILE": 64,
+        "MASS_TILE": 256,
     }
     for name, value in small.items():
         monkeypatch.setattr(sampling, name, value)
