@@ -17,7 +17,7 @@ from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import InOrder
 from experiments.bench_pipeline import Row as StepRow
 from experiments.harness import read_rows
-from experiments.shapes import SHAPES
+from experiments.shapes import SHAPES, STAND_INS
 from experiments.stage_curves import Row as StageRow
 
 STAMP = ["date", "gpu", "torch", "triton", "driver", "commit"]
@@ -109,7 +109,7 @@ def _whole_ms(row: CsvRow) -> float:
 def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
     """Green wins, red loses; the number is what the best mode reached, whichever it is. A row for
     each GPU, a column for each model, the same batches and contexts in all."""
-    maps = regime_maps(rows)
+    maps = regime_maps(row for row in rows if row["model"] not in STAND_INS)
     if not maps:
         return None
     batches, contexts = (
@@ -176,15 +176,18 @@ Line = list[tuple[int, float]]  # (SMs, ms)
 def stage_lines(
     rows: Iterable[CsvRow],
 ) -> dict[tuple[str, str, int, int], dict[tuple[str, bool], Line]]:
-    """By GPU, model, batch and context, by stage and whether the other runs beside it."""
-    newest: dict[tuple[str, str, int, int], dict[tuple[str, bool], dict[int, float]]] = {}
+    """By GPU, model, batch and context, by stage and whether the other runs beside it: of the
+    newest commit that measured the cell, since a line drawn through two would be of neither."""
+    newest: dict[tuple[str, str, int, int], tuple[str, dict[tuple[str, bool], dict]]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         cell = (row["gpu"], row["model"], int(row["batch"]), int(row["context"]))
-        line = newest.setdefault(cell, {}).setdefault((row["stage"], bool(row["beside_sms"])), {})
+        if cell not in newest or newest[cell][0] != row["commit"]:
+            newest[cell] = (row["commit"], {})
+        line = newest[cell][1].setdefault((row["stage"], bool(row["beside_sms"])), {})
         line[int(row["sms"])] = float(row["ms_p50"])
     return {
         cell: {kind: sorted(points.items()) for kind, points in lines.items()}
-        for cell, lines in sorted(newest.items())
+        for cell, (_, lines) in sorted(newest.items())
     }
 
 

@@ -96,6 +96,18 @@ def test_lines_of_the_stages():
     assert lines["ffn", True] == [(100, 0.6)]
 
 
+def test_a_stage_s_line_is_of_one_commit():
+    older = stage("attention", 48, 0.9) | {"commit": "older", "date": "2020-01-01 00:00"}
+    [lines] = stage_lines([older, *STAGES]).values()
+    assert lines["attention", False] == [(32, 0.3), (64, 0.2)]
+
+
+def test_a_shape_that_stands_for_another_is_not_on_the_map():
+    half = [row | {"model": "Qwen3-8B-half"} for row in STEPS]
+    assert len(plot.draw_maps([*STEPS, *half]).axes) == len(plot.draw_maps(STEPS).axes)
+    assert plot.draw_maps(half) is None
+
+
 def test_the_command_draws_what_there_is(tmp_path, capsys):
     argv = ["--pipeline", "--csv", str(tmp_path / "kernels.csv"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="must hold one of pipeline"):
