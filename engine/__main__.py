@@ -14,6 +14,7 @@ from engine.request import SamplingParams
 
 CLI_MAX_NUM_SEQS = 8  # few graphs to capture: prompts are shown one after the other anyway
 CLI_MAX_BATCHED_TOKENS = 2048
+CLI_PIPELINE_MIN_REQUESTS = 2  # one for each micro-batch: whoever asks for static wants to see it
 TWO_GPU = {"auto": "auto", "on": True, "off": False}
 
 
@@ -41,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--decode-pipeline",
         choices=["auto", "static", "disabled"],
-        help="attention and FFN of decode on SMs of their own; auto: where that is faster",
+        help="attention and FFN of decode on SMs of their own; auto: where that is faster; static: "
+        "in steps of two requests or more, as --json has them",
     )
     engine.add_argument("--decode-attention-sm", type=int, metavar="N", help="SMs for attention")
     engine.add_argument("--decode-ffn-sm", type=int, metavar="N", help="SMs for FFN")
@@ -86,7 +88,18 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": CLI_MAX_NUM_SEQS,
         "max_num_batched_tokens": CLI_MAX_BATCHED_TOKENS,
     }
+    if args.decode_pipeline == "static":
+        sizes["decode_pipeline_min_requests"] = CLI_PIPELINE_MIN_REQUESTS
     return sizes | {"enable_two_gpu_pd": TWO_GPU[args.two_gpu or "auto"]} | _given(args, names)
+
+
+def _warn_of_serial_decode(args: argparse.Namespace) -> None:
+    if args.decode_pipeline == "static" and (len(args.prompts) < 2 or not args.json):
+        warnings.warn(
+            "decode is serial, not pipelined: prompts run one at a time; two or more with --json "
+            "run together",
+            stacklevel=2,
+        )
 
 
 def _stream(llm: LLM, prompts: Sequence[Any], args: argparse.Namespace) -> None:
@@ -124,10 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         _sampling_params(args)
-        with _warnings_in_a_line(args), LLM(args.model, **_engine_options(args)) as llm:
-            prompts = [llm.chat_prompt(p) for p in args.prompts] if args.chat else args.prompts
-            show = _print_json if args.json else _stream
-            show(llm, prompts, args)
+        with _warnings_in_a_line(args):
+            _warn_of_serial_decode(args)
+            with LLM(args.model, **_engine_options(args)) as llm:
+                prompts = [llm.chat_prompt(p) for p in args.prompts] if args.chat else args.prompts
+                show = _print_json if args.json else _stream
+                show(llm, prompts, args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -49,8 +49,10 @@ class BaseCore(ABC):
 
     def close(self) -> None:
         """Give back what memory alone does not free; nothing may be launched afterwards."""
-        self.drain()
-        self.decode.close()
+        try:
+            self.drain()
+        finally:
+            self.decode.close()
 
     @abstractmethod
     def drain(self) -> None:
@@ -93,7 +95,8 @@ class BaseCore(ABC):
         if not worker.graphs.is_capturing:
             return
         worker.warm_up()
-        self.stats.graphs_captured(len(worker.graphs.captured), worker.graphs.capture_ms)
+        graphs = worker.graphs
+        self.stats.graphs_captured(len(graphs.captured), graphs.capture_ms, graphs.captured_bytes)
 
     def _prefill_scheduled(self, chunks: Sequence[PrefillChunk]) -> None:
         now = time.perf_counter()

@@ -13,6 +13,7 @@ import torch
 
 from engine.auto_pipeline import AutoPipeline
 from engine.calibration_file import CalibrationFile, digest_of_sources
+from engine.closing import closed_on_error
 from engine.config import EngineConfig
 from engine.decode import DecodeWorker
 from engine.device_rates import rates_of, step_model
@@ -20,6 +21,7 @@ from engine.graphs import GraphPool
 from engine.kv_cache import KVCache, num_blocks_that_fit
 from engine.micro_batches import num_rows
 from engine.pipeline import DecodePipeline
+from engine.pipeline_needs import max_connections
 from engine.stage_schedule import Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams
 from green.driver import GreenContextError, load_driver
@@ -134,18 +136,28 @@ def make_decode_worker(
         "max_model_len": max_model_len,
         "graph_pool": pool,
         "device": device,
+        "max_num_seqs": config.max_num_seqs,
     }
     if not config.has_decode_pipeline:
         return DecodeWorker(**options)
     options |= {
         "num_micro_batches": config.decode_micro_batches,
-        "min_requests": config.decode_pipeline_min_requests,
+        "min_requests": config.pipeline_min_requests,
         "is_timed": config.decode_pipeline_profiling,
     }
-    if config.decode_pipeline == "auto":
-        return _auto_pipeline(config, options)
-    streams, why_none = _stage_streams(config, device)
-    worker = DecodePipeline(**options, streams=[] if streams is None else [streams])
+    make = _static_pipeline if config.has_static_pipeline else _auto_pipeline
+    worker = make(config, options)
+    if device.type == "cuda":
+        worker.statistics.max_connections = max_connections()
+    return worker
+
+
+def _static_pipeline(config: EngineConfig, options: dict[str, Any]) -> DecodePipeline:
+    """One on the partition that is asked for, serial where that cannot be had."""
+    streams, why_none = _stage_streams(config, options["device"])
+    found = [] if streams is None else [streams]
+    with closed_on_error(*found):
+        worker = DecodePipeline(**options, streams=found)
     worker.statistics.why_none = why_none
     worker.statistics.asked_sms = (config.decode_attention_sm, config.decode_ffn_sm)
     return worker
@@ -217,7 +229,7 @@ def _stage_streams(
     config: EngineConfig, device: torch.device
 ) -> tuple[StageStreams | None, str | None]:
     """The partition that is asked for, or None and why there is none; on a CPU, and with the
-    references, a stand-in. ValueError where the device has not so many SMs."""
+    references, a stand-in."""
     if device.type != "cuda" or config.resolve_kernels(str(device)) != "triton":
         return InOrder(), None
     if config.disable_green:
@@ -225,6 +237,13 @@ def _stage_streams(
     try:
         asked = (config.decode_attention_sm, config.decode_ffn_sm)
         return GpuStreams.partitioned(asked, device), None
-    except GreenContextError as error:
-        warnings.warn(f"decode is serial, not pipelined: {error}", stacklevel=2)
-        return None, str(error)
+    except Exception as error:  # of the driver, torch, Triton or its compiler: serial works anyway
+        why_none = _in_a_line(error)
+        warnings.warn(f"decode is serial, not pipelined: {why_none}", stacklevel=2)
+        return None, why_none
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, GreenContextError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -89,7 +89,9 @@ class EngineConfig:
     decode_attention_sm: int = 48  # SMs asked for attention
     decode_ffn_sm: int = 84  # and for FFN
     decode_micro_batches: int = 2
-    decode_pipeline_min_requests: int = 16  # steps of fewer are serial; not measured yet
+    # steps of fewer are serial; not measured yet. Static takes max_num_seqs where that is less: a
+    # full step is always pipelined
+    decode_pipeline_min_requests: int = 16
     decode_pipeline_profiling: bool = False  # time the stages, at a cost
     disable_green: bool = False  # True: no green contexts are made
     seed: int = 0  # from which requests without a seed of their own get theirs
@@ -188,6 +190,17 @@ class EngineConfig:
     def has_decode_pipeline(self) -> bool:
         """Whether decode is to be pipelined, or may be."""
         return self.enable_decode_pipeline or self.decode_pipeline != "disabled"
+
+    @property
+    def has_static_pipeline(self) -> bool:
+        """Whether it is to be pipelined on the split that is asked for."""
+        return self.has_decode_pipeline and self.decode_pipeline != "auto"
+
+    @property
+    def pipeline_min_requests(self) -> int:
+        """Requests of the smallest step that is pipelined."""
+        least = self.decode_pipeline_min_requests
+        return min(least, self.max_num_seqs) if self.has_static_pipeline else least
 
     def resolve_device(self) -> str:
         """Return "cpu" or "cuda:N", a device that is there."""

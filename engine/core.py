@@ -17,6 +17,7 @@ from engine.build import (
     make_decoder,
     num_kv_blocks,
 )
+from engine.closing import closed_on_error
 from engine.config import EngineConfig
 from engine.device import DeviceStream
 from engine.prefill import PrefillWorker, token_buckets
@@ -76,15 +77,16 @@ class Core(BaseCore):
             pool=pool,
             device=device,
         )
-        self.scheduler = Scheduler(
-            self.block_manager,
-            max_num_seqs=num_seqs,
-            max_num_batched_tokens=num_tokens,
-            max_model_len=self.max_model_len,
-            on_release=self.decode.release,
-        )
-        self._warm_up(self.prefill)
-        self._warm_up(self.decode)
+        with closed_on_error(self.decode):
+            self.scheduler = Scheduler(
+                self.block_manager,
+                max_num_seqs=num_seqs,
+                max_num_batched_tokens=num_tokens,
+                max_model_len=self.max_model_len,
+                on_release=self.decode.release,
+            )
+            self._warm_up(self.prefill)
+            self._warm_up(self.decode)
 
     def step(self, on_token: OnToken) -> list[Request]:
         """Launch the next step, then take the tokens of the one before it; see the base."""

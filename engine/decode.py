@@ -49,30 +49,35 @@ class DecodeWorker:
         max_model_len: int,
         graph_pool: GraphPool | None,
         device: torch.device,
+        max_num_seqs: int | None = None,
     ) -> None:
-        """buffers: for as many tokens and rows as one step may have requests; graph_pool: see
-        `StepGraphs`, None for no graphs."""
+        """buffers: for as many tokens and rows as one step may have; graph_pool: see `StepGraphs`,
+        None for no graphs; max_num_seqs: requests that one step may have, None: as many as rows.
+
+        ValueError where the buffers have fewer rows than that.
+        """
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.buffers = buffers
         self.device = device
-        max_num_seqs = len(buffers.logits)
+        max_rows = len(buffers.logits)
+        max_num_seqs = max_rows if max_num_seqs is None else max_num_seqs
+        if max_num_seqs > max_rows:
+            raise ValueError(f"max_num_seqs must be at most {max_rows} rows, got {max_num_seqs}")
         self.buckets = batch_buckets(max_num_seqs)
-        fields = {name: (dtype, (max_num_seqs,)) for name, dtype in STEP_FIELDS.items()}
+        fields = {name: (dtype, (max_rows,)) for name, dtype in STEP_FIELDS.items()}
         self.inputs = StaticInputs(fields, device)
         self._host = HostBuffers(device)
         # one row more than there can be requests: padding reads and writes it
-        self._padding = {"rows": max_num_seqs, "slot_mapping": -1}
+        self._padding = {"rows": max_rows, "slot_mapping": -1}
         max_blocks = -(-max_model_len // kv_cache.block_size)
         options = {"dtype": torch.int64, "device": device}
-        self.token_ids = torch.zeros(max_num_seqs + 1, **options)  # newest of each row
-        self.block_table = torch.zeros(
-            max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device
-        )
-        self._step_token_ids = torch.zeros(max_num_seqs, **options)
+        self.token_ids = torch.zeros(max_rows + 1, **options)  # newest of each row
+        self.block_table = torch.zeros(max_rows + 1, max_blocks, dtype=torch.int32, device=device)
+        self._step_token_ids = torch.zeros(max_rows, **options)
         self._step_block_table = torch.zeros_like(self.block_table[:-1])
-        self._sampled = torch.zeros(max_num_seqs, **options)
-        self.rows = DecodeRows(max_num_seqs, kv_cache.block_size, max_blocks)
+        self._sampled = torch.zeros(max_rows, **options)
+        self.rows = DecodeRows(max_rows, kv_cache.block_size, max_blocks)
         self.graphs = StepGraphs(device, graph_pool)
 
     def admit(self, requests: Sequence[Request], token_ids: Tensor | None = None) -> None:
@@ -105,8 +110,12 @@ class DecodeWorker:
     def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
         """Run or replay the step over these inputs; returns each request's row in it."""
         self.inputs.upload(columns, self._padding)
-        self.graphs.run(self._bucket_of(len(requests)), self._step)
+        self._run_serial(self._bucket_of(len(requests)))
         return range(len(requests))
+
+    def _run_serial(self, size: int) -> None:
+        """The step of so many rows, over inputs that are in place."""
+        self.graphs.run(size, self._step)
 
     def _bucket_of(self, num_requests: int) -> int:
         """Rows of a step of so many requests."""

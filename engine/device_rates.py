@@ -21,10 +21,9 @@ def rates_of(device: torch.device) -> Rates:
         raise GreenContextUnsupported(f"a {device.type} has no SMs to divide")
     driver = load_driver()
     ordinal = driver.call("cuDeviceGet", device.index or 0)
-    attributes = driver.api.CUdevice_attribute
 
     def attribute(name: str) -> int:
-        key = getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}")
+        key = driver.enum("CUdevice_attribute", f"CU_DEVICE_ATTRIBUTE_{name}")
         return driver.call("cuDeviceGetAttribute", key, ordinal)
 
     properties = torch.cuda.get_device_properties(device)

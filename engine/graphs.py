@@ -68,11 +68,18 @@ class StepGraphs:
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.capture_ms = 0.0  # host time of all captures
         self._pool = pool
+        self._bytes: dict[Hashable, int] = {}  # of each that was captured, dropped ones too
 
     @property
     def is_capturing(self) -> bool:
         """Whether steps become graphs."""
         return self._pool is not None
+
+    @property
+    def captured_bytes(self) -> int:
+        """Memory of the device that the graphs there are took when they were captured: by how much
+        less of it was free, so what others take or give back meanwhile is counted too."""
+        return sum(self._bytes.get(key, 0) for key in self.captured)
 
     def run(self, key: Key, step: Callable[[Key], None]) -> None:
         """step(key), or its replay. What it reads and writes must be in place from call to call,
@@ -86,6 +93,8 @@ class StepGraphs:
 
     def _capture(self, key: Key, step: Callable[[Key], None]) -> torch.cuda.CUDAGraph:
         start = time.perf_counter()
+        torch.cuda.empty_cache()  # as a capture begins with it: what that frees is not the graph's
+        free_bytes = torch.cuda.mem_get_info(self.device)[0]
         graph = torch.cuda.CUDAGraph()
         options = {
             "pool": self._pool,
@@ -94,6 +103,7 @@ class StepGraphs:
         }
         with _no_garbage_collection(), torch.cuda.graph(graph, **options):
             step(key)
+        self._bytes[key] = max(free_bytes - torch.cuda.mem_get_info(self.device)[0], 0)
         self.capture_ms += (time.perf_counter() - start) * 1e3
         return graph
 

@@ -21,6 +21,7 @@ from engine.detokenizer import Detokenizer
 from engine.interrupt import deferred
 from engine.pd_core import PDCore
 from engine.pipeline import DecodePipeline
+from engine.pipeline_needs import ask_for_connections, check_stage_sms
 from engine.request import FinishReason, Request, RequestState, SamplingParams
 from engine.stats import as_text
 from engine.text import chat_token_ids, encode_prompt, load_tokenizer
@@ -73,8 +74,10 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.config = EngineConfig.from_options(model, **options)
+        ask_for_connections(self.config)
         devices = self.config.resolve_two_devices() or (self.config.resolve_device(),)
         self.config.resolve_kernels(devices[0])
+        check_stage_sms(self.config, devices[-1])
         folder = resolve(self.config.model)
         self.model_config = ModelConfig.from_folder(folder)
         self.tokenizer = load_tokenizer(folder)
@@ -197,7 +200,8 @@ class LLM:
         """What the engine has done since it began and where it stands, as a plain dict.
 
         Counts: num_prefill_launches, num_prefill_tokens, num_decode_launches, num_decode_tokens,
-        num_cached_tokens, num_preemptions, finished (by reason), num_graphs, capture_ms.
+        num_cached_tokens, num_preemptions, finished (by reason), num_graphs, capture_ms and
+        graph_bytes of these (0 on a CPU).
         Device time: prefill_busy_ms, decode_busy_ms; active_ms, for how long there were requests;
         prefill_utilisation, decode_utilisation, shares of it.
         Latencies, {p50, p90, p99}: queue_ms, ttft_ms, tpot_ms, latency_ms of ended requests, itl_ms

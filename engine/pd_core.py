@@ -29,6 +29,7 @@ from engine.build import (
     num_prefill_blocks,
     ops_of,
 )
+from engine.closing import closed_on_error
 from engine.config import EngineConfig
 from engine.decode import DecodeWorker
 from engine.device import DeviceStream
@@ -80,6 +81,11 @@ class PDCore(BaseCore):
         model_len = longest_request(config, model_config)
         with self._decode_side.active():
             self.decode = self._build_decode(config, folder, model_len)
+        with closed_on_error(self.decode):
+            self._build_rest(config, folder, model_len)
+
+    def _build_rest(self, config: EngineConfig, folder: Path, model_len: int) -> None:
+        """All but the decode worker, and the graphs of both."""
         num_decode_tokens = self.decode.kv_cache.num_blocks * config.block_size
         with self._prefill_side.active():
             self.prefill = self._build_prefill(config, folder, min(model_len, num_decode_tokens))

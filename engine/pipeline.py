@@ -1,16 +1,19 @@
 """DecodePipeline: micro-batches of a decode step in the attention and the FFN stage at once."""
 
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
+from engine.closing import close_all
 from engine.decode import STEP_FIELDS, Columns, DecodeWorker, batch_buckets
+from engine.device import Span
 from engine.graphs import GraphPool
 from engine.kv_cache import KVCache
 from engine.micro_batches import cut, places, rows_of
-from engine.pipeline_stats import SERIAL, PipelineStats
+from engine.pipeline_stats import SERIAL, PipelineStats, StepTimes
 from engine.request import Request
 from engine.stage_schedule import Placement, StageLaunch, make_schedule
 from engine.stage_streams import StageStreams
@@ -38,20 +41,29 @@ class DecodePipeline(DecodeWorker):
         max_model_len: int,
         graph_pool: GraphPool | None,
         device: torch.device,
+        max_num_seqs: int | None = None,
         streams: Sequence[StageStreams],
         min_requests: int,
         num_micro_batches: int = 2,
         placement: Placement | None = None,
         is_timed: bool = False,
     ) -> None:
-        """buffers: for `micro_batches.num_rows` rows; streams: the first has every step to begin
-        with; none: all are serial; is_timed: read the stages' times, on a GPU alone, which costs
-        two graphs for one and events between their kernels.
+        """buffers: for `micro_batches.num_rows` rows, of which serial steps use max_num_seqs;
+        streams: the first has every step to begin with; none: all are serial; is_timed: read the
+        times of stages and steps, on a GPU alone, which costs two graphs for one and events between
+        their kernels.
 
         ValueError where there are not two micro-batches, or not as many rows for each.
         """
-        options = {"max_model_len": max_model_len, "graph_pool": graph_pool, "device": device}
-        super().__init__(decoder, kv_cache, buffers, **options)
+        super().__init__(
+            decoder,
+            kv_cache,
+            buffers,
+            max_model_len=max_model_len,
+            graph_pool=graph_pool,
+            device=device,
+            max_num_seqs=max_num_seqs,
+        )
         max_rows = len(buffers.logits)
         if num_micro_batches < 2 or max_rows < num_micro_batches or max_rows % num_micro_batches:
             raise ValueError(
@@ -77,12 +89,12 @@ class DecodePipeline(DecodeWorker):
         self._is_timed = is_timed and device.type == "cuda"
         self._timed: dict[Key, TimedStreams] = {}  # of the newest run or capture of each
         self._unread: set[Key] = set()  # steps whose times nobody has read
+        self._serial_spans: deque[Span] = deque()  # the same of serial steps, the oldest first
         self._turn = 0
 
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs that steps may come to as modes stand."""
-        max_num_seqs = len(self.buffers.logits)
-        for num_requests in range(max_num_seqs, 0, -1):
+        for num_requests in range(self.buckets[-1], 0, -1):
             for key in self._keys_of(num_requests):
                 if key not in self.graphs.captured:
                     self.inputs.upload({}, self._padding)
@@ -101,15 +113,18 @@ class DecodePipeline(DecodeWorker):
         return keys
 
     def close(self) -> None:
-        """Drop the graphs, then give the partitions back."""
+        """Drop the graphs, then give the partitions back: all, whichever of them fails."""
         super().close()
-        for streams in self.streams.values():
-            streams.close()
+        close_all(self.streams.values())
 
     def get_pipeline_statistics(self) -> dict[str, object]:
-        """Steps by mode, micro-batches, SMs asked for and granted, and times by stage."""
+        """Steps by mode, micro-batches, SMs asked for and granted, and times by stage; see
+        `PipelineStats.as_dict`."""
         for key in tuple(self._unread):
             self._read_times(key)
+        self._read_serial_times()
+        granted = {s.name: s.granted for s in self.streams.values() if s.granted is not None}
+        self.statistics.granted_by_mode = granted
         return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
@@ -135,16 +150,17 @@ class DecodePipeline(DecodeWorker):
     def _run_step(self, requests: Sequence[Request], columns: Columns) -> Sequence[int]:
         streams = self._mode_of(len(requests), sum(columns["context_lens"]))
         if streams is None:
+            serial_rows = super()._run_step(requests, columns)
             self.statistics.step_launched(SERIAL, self._bucket_of(len(requests)), len(requests))
-            return super()._run_step(requests, columns)
+            return serial_rows
         size = self._size_of(len(requests))
         micro_batches = cut(columns["context_lens"], self.num_micro_batches)
         rows = places(micro_batches, size)
         self.inputs.upload(self._placed(columns, rows), self._padding)
+        self._run_pipelined((streams.name, size, self._turn))
         num_rows = size * self.num_micro_batches
         self.statistics.step_launched(streams.name, num_rows, len(requests))
         self.statistics.micro_batches_cut(micro_batches, columns["context_lens"])
-        self._run_pipelined((streams.name, size, self._turn))
         return rows
 
     def _placed(self, columns: Columns, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -154,6 +170,23 @@ class DecodePipeline(DecodeWorker):
             placed[name] = np.full(max(rows) + 1, self._padding.get(name, 0), STEP_FIELDS[name])
             placed[name][rows] = values
         return placed
+
+    def _run_serial(self, size: int) -> None:
+        if not self._is_timed:
+            super()._run_serial(size)
+            return
+        self._read_serial_times()
+        is_first = self.graphs.is_capturing and size not in self.graphs.captured
+        span = Span(self.device)
+        super()._run_serial(size)
+        span.stop()
+        if not is_first:  # the device waited for the host, which captured
+            self._serial_spans.append(span)
+
+    def _read_serial_times(self) -> None:
+        while self._serial_spans and self._serial_spans[0].is_done:
+            step_ms = self._serial_spans.popleft().ms
+            self.statistics.step_timed(SERIAL, StepTimes(step_ms))
 
     def _run_pipelined(self, key: Key) -> None:
         if not self._is_timed:
@@ -171,7 +204,7 @@ class DecodePipeline(DecodeWorker):
     def _read_times(self, key: Key) -> None:
         if key in self._unread and (times := self._timed[key].read()):
             self._unread.remove(key)
-            self.statistics.step_timed(times)
+            self.statistics.step_timed(key[0], times)
 
     def _pipelined_step(self, key: Key) -> None:
         """Embed to sampled token, in static buffers, each micro-batch in rows of its own."""

@@ -13,11 +13,12 @@ SERIAL = "serial"
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Milliseconds of one step."""
+    """Milliseconds of one step. A serial one has no stages: 0 and nothing of them."""
 
     step_ms: float  # all of it
-    layers_ms: float  # from the first stage's start to the last one's end
-    busy_ms: Mapping[Stage, float]  # of those, how long each stage's stream had something to do
+    layers_ms: float = 0.0  # from the first stage's start to the last one's end
+    # of those, how long each stage's stream had something to do
+    busy_ms: Mapping[Stage, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spans: Sequence[tuple[Stage, float, float]]) -> "StepTimes":
@@ -36,22 +37,55 @@ class StepTimes:
 
 
 @dataclass
+class ModeTimes:
+    """Sums over the timed steps of one mode."""
+
+    num_steps: int = 0
+    step_ms: float = 0.0
+    layers_ms: float = 0.0
+    busy_ms: Counter[str] = field(default_factory=Counter)
+
+    def add(self, times: StepTimes) -> None:
+        """Add the times of a step."""
+        self.num_steps += 1
+        self.step_ms += times.step_ms
+        self.layers_ms += times.layers_ms
+        self.busy_ms.update(times.busy_ms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in `PipelineStats.as_dict`."""
+        n = self.num_steps
+        found: dict[str, Any] = {"num_timed_steps": n, "step_ms": self.step_ms / n if n else None}
+        names = ("layers_ms", "busy_ms", "bubble_ms", "occupancy", "overlap")
+        if not self.layers_ms:
+            return found | dict.fromkeys(names)
+        busy = {stage: self.busy_ms[stage] for stage in STAGES}
+        values = (
+            self.layers_ms / n,
+            {stage: ms / n for stage, ms in busy.items()},
+            {stage: (self.layers_ms - ms) / n for stage, ms in busy.items()},
+            {stage: ms / self.step_ms for stage, ms in busy.items()},
+            sum(busy.values()) / self.step_ms,
+        )
+        return found | dict(zip(names, values, strict=True))
+
+
+@dataclass
 class PipelineStats:
     """Counters since the engine began; `as_dict` is what users see."""
 
     partitioning: str = "none"  # the streams that stages run on, where there are any
     why_none: str | None = None  # why there are none
     asked_sms: tuple[int, ...] | None = None
-    granted_sms: tuple[int, ...] | None = None  # of each stage
+    granted_sms: tuple[int, ...] | None = None  # of each stage; None with several partitions
+    granted_by_mode: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each partition
+    max_connections: str | None = None  # CUDA's hardware queues, see `pipeline_needs`; None: a CPU
     num_steps: Counter[str] = field(default_factory=Counter)  # by mode: serial, or the streams'
     num_tokens: int = 0
     modes: dict[int, str] = field(default_factory=dict)  # newest mode by requests a step holds
     choices: dict[int, str] = field(default_factory=dict)  # of `auto`, and why, by the same
     micro_batches: list[dict[str, int]] = field(default_factory=list)  # of the newest such step
-    num_timed_steps: int = 0
-    _step_ms: float = 0.0
-    _layers_ms: float = 0.0
-    _busy_ms: Counter[str] = field(default_factory=Counter)
+    _times: dict[str, ModeTimes] = field(default_factory=dict)  # by mode
 
     def step_launched(self, mode: str, bucket: int, num_requests: int) -> None:
         """Count a step; bucket: the most requests that its graph holds."""
@@ -68,38 +102,50 @@ class PipelineStats:
             for some in micro_batches
         ]
 
-    def step_timed(self, times: StepTimes) -> None:
-        """Add the device's time for a pipelined step."""
-        self.num_timed_steps += 1
-        self._step_ms += times.step_ms
-        self._layers_ms += times.layers_ms
-        self._busy_ms.update(times.busy_ms)
+    def step_timed(self, mode: str, times: StepTimes) -> None:
+        """Add the device's time for a step."""
+        self._times.setdefault(mode, ModeTimes()).add(times)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, times as means over the timed steps; None where nothing was timed."""
-        n = self.num_timed_steps
-        busy = {stage: self._busy_ms[stage] for stage in STAGES}
-        idle = {stage: self._layers_ms - ms for stage, ms in busy.items()}
+        """A plain dict, also where every step is serial; None where there is nothing to tell.
+
+        Partitions: partitioning, why_none, asked_sms, granted_sms (of the one there is),
+        granted_sms_by_mode, max_connections (CUDA_DEVICE_MAX_CONNECTIONS that CUDA started with).
+        Steps: num_steps, num_steps_by_mode, num_tokens, modes and choices (of `auto`, with their
+        reasons) by the requests that a step holds, micro_batches of the newest one.
+        Times, with profiling, by events of the device, as means over num_timed_steps: step_ms;
+        layers_ms, from the first stage's start to the last one's end; and by stage busy_ms, when
+        its stream had something to do; bubble_ms = layers_ms - busy_ms; occupancy = busy_ms /
+        step_ms. overlap = sum of busy_ms / step_ms: 2 where both stages were busy all the step, 1
+        or less where they took turns. A step also has what lies outside of its layers, embedding,
+        LM head and sampling. Serial steps have step_ms alone. times_by_mode has these for each
+        mode; beside it they stand for timed_mode, the partition with the most timed steps, or
+        serial where none was timed.
+        """
+        timed_mode = self._timed_mode
         return {
             "partitioning": self.partitioning,
             "why_none": self.why_none,
             "asked_sms": _by_stage(self.asked_sms),
             "granted_sms": _by_stage(self.granted_sms),
+            "granted_sms_by_mode": {m: _by_stage(sms) for m, sms in self.granted_by_mode.items()},
+            "max_connections": self.max_connections,
             "num_steps": sum(self.num_steps.values()),
             "num_steps_by_mode": dict(self.num_steps),
             "num_tokens": self.num_tokens,
             "modes": dict(sorted(self.modes.items())),
             "choices": dict(sorted(self.choices.items())),
             "micro_batches": [dict(some) for some in self.micro_batches],
-            "num_timed_steps": n,
-            "step_ms": self._step_ms / n if n else None,
-            "layers_ms": self._layers_ms / n if n else None,
-            "busy_ms": {stage: ms / n for stage, ms in busy.items()} if n else None,
-            "bubble_ms": {stage: ms / n for stage, ms in idle.items()} if n else None,
-            "occupancy": _shares(busy, self._layers_ms),
-            # 1: no two stages ever ran at a time; 2: they always did
-            "overlap": sum(busy.values()) / self._layers_ms if self._layers_ms else None,
+            "times_by_mode": {mode: times.as_dict() for mode, times in self._times.items()},
+            "timed_mode": timed_mode,
+            **self._times.get(timed_mode, ModeTimes()).as_dict(),
         }
+
+    @property
+    def _timed_mode(self) -> str | None:
+        pipelined = {m: times.num_steps for m, times in self._times.items() if m != SERIAL}
+        serial = SERIAL if SERIAL in self._times else None
+        return max(pipelined, key=pipelined.__getitem__, default=serial)
 
     def as_text(self) -> str:
         """The same in lines."""
@@ -107,7 +153,7 @@ class PipelineStats:
         why = "" if self.why_none is None else f": {self.why_none}"
         lines = [
             f"partitioning {self.partitioning}{why}, SMs asked {_text(stats['asked_sms'])}, "
-            f"granted {_text(stats['granted_sms'])}",
+            f"granted {_granted(stats)}{_queues(stats)}",
             f"{self.num_tokens} tokens in {stats['num_steps']} steps ("
             + ", ".join(f"{count} {mode}" for mode, count in self.num_steps.items())
             + ")",
@@ -123,22 +169,26 @@ class PipelineStats:
                 or "-"
             ),
         ]
-        return "\n".join(lines + _time_lines(stats))
+        return "\n".join(lines + _time_lines(stats["times_by_mode"]))
 
 
-def _time_lines(stats: Mapping[str, Any]) -> list[str]:
-    if not stats["num_timed_steps"]:
-        return ["no step was timed"]
-    stages = [
-        f"{stage} busy {stats['busy_ms'][stage]:.3f} ms ({stats['occupancy'][stage]:.0%}), "
-        f"idle {stats['bubble_ms'][stage]:.3f} ms"
-        for stage in STAGES
-    ]
-    return [
-        f"step {stats['step_ms']:.3f} ms, its layers {stats['layers_ms']:.3f} ms, overlap "
-        f"{stats['overlap']:.2f} over {stats['num_timed_steps']} timed steps",
-        *stages,
-    ]
+def _time_lines(by_mode: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for mode, times in by_mode.items():
+        steps = f"over {times['num_timed_steps']} timed steps"
+        if times["layers_ms"] is None:
+            lines.append(f"{mode}: step {times['step_ms']:.3f} ms {steps}")
+            continue
+        lines.append(
+            f"{mode}: step {times['step_ms']:.3f} ms, its layers {times['layers_ms']:.3f} ms, "
+            f"overlap {times['overlap']:.2f} {steps}"
+        )
+        lines += [
+            f"{stage} busy {times['busy_ms'][stage]:.3f} ms ({times['occupancy'][stage]:.0%}), "
+            f"idle {times['bubble_ms'][stage]:.3f} ms of its layers"
+            for stage in STAGES
+        ]
+    return lines or ["no step was timed"]
 
 
 def _runs(choices: Mapping[int, str]) -> Iterator[tuple[str, str]]:
@@ -152,8 +202,15 @@ def _by_stage(sms: tuple[int, ...] | None) -> dict[str, int] | None:
     return None if sms is None else dict(zip(STAGES, sms, strict=True))
 
 
-def _shares(parts: Mapping[str, float], whole: float) -> dict[str, float] | None:
-    return {name: part / whole for name, part in parts.items()} if whole else None
+def _granted(stats: Mapping[str, Any]) -> str:
+    """Of each partition, where there are several."""
+    several = stats["granted_sms_by_mode"].values() if stats["granted_sms"] is None else ()
+    return ", ".join(map(_text, several)) or _text(stats["granted_sms"])
+
+
+def _queues(stats: Mapping[str, Any]) -> str:
+    num = stats["max_connections"]
+    return "" if num is None else f", CUDA_DEVICE_MAX_CONNECTIONS {num}"
 
 
 def _text(sms: Mapping[str, int] | None) -> str:

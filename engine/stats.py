@@ -32,6 +32,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_graphs: int = 0  # CUDA graphs, of prefill and decode
     capture_ms: float = 0.0  # of the start-up's time, what capturing them took
+    graph_bytes: int = 0  # of the devices' memory, what they took
     finished: dict[str, int] = field(default_factory=dict)  # finish_reason -> requests
     _active_ms: float = 0.0  # up to the last time that no request was left
     _active_since: float | None = None
@@ -70,10 +71,11 @@ class EngineStats:
         since = self._active_since
         return self._active_ms + (0.0 if since is None else (time.perf_counter() - since) * 1e3)
 
-    def graphs_captured(self, num_graphs: int, capture_ms: float) -> None:
-        """Count CUDA graphs captured in so many milliseconds."""
+    def graphs_captured(self, num_graphs: int, capture_ms: float, graph_bytes: int) -> None:
+        """Count CUDA graphs captured in so many milliseconds, that took so much memory."""
         self.num_graphs += num_graphs
         self.capture_ms += capture_ms
+        self.graph_bytes += graph_bytes
 
     def token_taken(self, request: Request, now: float) -> None:
         """Count a new token of a request, known to the host at that time."""

@@ -57,6 +57,13 @@ class Driver:
             raise GreenContextError(name, int(code), code_name, ADVICE.get(int(code), OTHERWISE))
         return values if len(values) > 1 else next(iter(values), None)
 
+    def enum(self, kind: str, name: str) -> Any:
+        """One of the driver's constants. GreenContextUnsupported where the package is older."""
+        try:
+            return getattr(getattr(self.api, kind), name)
+        except AttributeError as error:
+            raise GreenContextUnsupported(f"{kind}.{name}: {error}") from error
+
 
 def load_driver() -> Driver:
     """The machine's. GreenContextUnsupported, with the reason, where there is none or it is old."""

@@ -49,12 +49,12 @@ class GreenStreams:
         ordinal = driver.call("cuDeviceGet", self.device.index)
         contexts, streams = [], []
         for description in _split(driver, ordinal, self.partition):
-            flag = driver.api.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+            flag = driver.enum("CUgreenCtxCreate_flags", "CU_GREEN_CTX_DEFAULT_STREAM")
             contexts.append(driver.call("cuGreenCtxCreate", description, ordinal, flag))
             self._undo.append(partial(driver.call, "cuGreenCtxDestroy", contexts[-1]))
         self.granted = tuple(_num_sms(driver, context) for context in contexts)
         for context in contexts:
-            flag = driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING
+            flag = driver.enum("CUstream_flags", "CU_STREAM_NON_BLOCKING")
             streams.append(driver.call("cuGreenCtxStreamCreate", context, flag, 0))
             self._undo.append(partial(driver.call, "cuStreamDestroy", streams[-1]))
         self.streams = tuple(
@@ -102,8 +102,7 @@ def _cuda_device(device: torch.device | str) -> torch.device:
 
 def _split(driver: Driver, ordinal: Any, partition: Partition) -> list[Any]:
     """A resource descriptor for each stage, of SMs that no other stage has."""
-    sm_type = driver.api.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    whole = driver.call("cuDeviceGetDevResource", ordinal, sm_type)
+    whole = driver.call("cuDeviceGetDevResource", ordinal, _sm_type(driver))
     wanted, call = sum(partition.num_groups), "cuDevSmResourceSplitByCount"
     groups, num_made, rest = driver.call(call, wanted, whole, 0, partition.group_sms)
     if num_made < wanted:
@@ -120,5 +119,8 @@ def _split(driver: Driver, ordinal: Any, partition: Partition) -> list[Any]:
 
 
 def _num_sms(driver: Driver, context: Any) -> int:
-    sm_type = driver.api.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    return driver.call("cuGreenCtxGetDevResource", context, sm_type).sm.smCount
+    return driver.call("cuGreenCtxGetDevResource", context, _sm_type(driver)).sm.smCount
+
+
+def _sm_type(driver: Driver) -> Any:
+    return driver.enum("CUdevResourceType", "CU_DEV_RESOURCE_TYPE_SM")

@@ -9,7 +9,7 @@ from engine import build, device_rates
 from engine.config import EngineConfig
 from engine.pipeline_stats import PipelineStats
 from experiments.shapes import SHAPES
-from green.driver import GreenContextUnsupported
+from green.driver import Driver, GreenContextUnsupported
 from models.config import ModelConfig
 
 DEVICE = torch.device("cuda", 0)
@@ -17,14 +17,12 @@ ATTRIBUTES = {"CLOCK_RATE": 1_980_000, "MEMORY_CLOCK_RATE": 2_619_000}  # kHz, a
 ATTRIBUTES |= {"GLOBAL_MEMORY_BUS_WIDTH": 5120}  # bits
 
 
-class H100Driver:
+class H100Driver(Driver):
     """Answers what is asked of it."""
 
-    api = SimpleNamespace(
-        CUdevice_attribute=SimpleNamespace(
-            **{f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ATTRIBUTES}
-        )
-    )
+    def __init__(self) -> None:
+        names = {f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ATTRIBUTES}
+        super().__init__(SimpleNamespace(CUdevice_attribute=SimpleNamespace(**names)))
 
     def call(self, name: str, *args):
         if name == "cuDeviceGetAttribute":
@@ -91,6 +89,18 @@ def test_times_are_of_a_setting(h100):
     assert found[0]["gpu"] == "NVIDIA H100 80GB HBM3" and found[0]["model"]["num_layers"] == 36
     assert found[0]["dtype"] == "torch.bfloat16" and found[0]["max_model_len"] == 4096
     assert {"driver", "torch", "triton", "sources"} < found[0].keys()
+
+
+def test_without_the_constants_of_its_package_decode_is_serial_and_says_why(h100, monkeypatch):
+    monkeypatch.delitem(ATTRIBUTES, "MEMORY_CLOCK_RATE")
+    worker = made()
+    assert worker.options["streams"] == []
+    assert "CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE" in worker.statistics.why_none
+
+
+def test_the_environment_of_cuda_is_shown(h100, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert made().statistics.max_connections == "1"
 
 
 def test_without_a_driver_decode_is_serial_and_says_why(h100, monkeypatch):

@@ -111,7 +111,24 @@ def test_a_pipelined_decode_says_what_a_serial_one_says(speaker, capsys):
         argv = ["--model", speaker, "--decode-pipeline", choice, *options, *GREEDY]
         assert run(">", *argv) == 0
         found.append(capsys.readouterr())
-    assert found[0] == found[1] == found[2]
+    assert found[1] == found[2] == (found[0].out, "")
+    assert found[0].err.startswith("warning: decode is serial, not pipelined: prompts run one at")
+    assert found[0].err.count("\n") == 1
+
+
+def test_static_is_pipelined_wherever_prompts_run_together(speaker, capsys, monkeypatch):
+    runners, exit_ = [], cli.LLM.exit
+
+    def noting(llm):
+        runners.append(llm.decode_runner)
+        exit_(llm)
+
+    monkeypatch.setattr(cli.LLM, "exit", noting)
+    argv = ["--model", speaker, "--decode-pipeline", "static", "--two-gpu", "off", *GREEDY]
+    assert run(">", ">", "--json", *argv) == 0
+    assert capsys.readouterr().err == ""
+    steps = runners[0].get_pipeline_statistics()["num_steps_by_mode"]
+    assert steps["in order"] > 0 and "serial" not in steps
 
 
 def test_two_devices_say_what_one_says(speaker, capsys):

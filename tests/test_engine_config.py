@@ -88,6 +88,23 @@ def test_a_pipeline_needs_a_request_for_each_micro_batch() -> None:
             EngineConfig(model="m", **options, **asked)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"decode_pipeline": "static"}, 8),
+        ({"enable_decode_pipeline": True}, 8),
+        ({"enable_decode_pipeline": True, "decode_pipeline_min_requests": 3}, 3),
+        ({"decode_pipeline": "static", "max_num_seqs": 64}, 16),
+        ({"decode_pipeline": "auto"}, 16),
+        ({"decode_pipeline": "auto", "enable_decode_pipeline": True}, 16),
+    ],
+)
+def test_a_full_step_is_pipelined_where_that_is_asked_for(options, wanted) -> None:
+    config = EngineConfig(model="m", **{"max_num_seqs": 8} | options)
+    assert config.pipeline_min_requests == wanted
+    assert config.has_static_pipeline == (options.get("decode_pipeline") != "auto")
+
+
 @pytest.fixture(params=[0, 2])
 def num_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)

@@ -1,5 +1,7 @@
 """Inputs that stay in place, and which call of a step is run, captured or replayed."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_steps_run_as_they_are_without_a_pool():
     for size in (4, 4, 2, 4):
         graphs.run(size, calls.append)
     assert calls == [4, 4, 2, 4]
-    assert graphs.captured == {} and graphs.capture_ms == 0
+    assert graphs.captured == {} and graphs.capture_ms == graphs.captured_bytes == 0
 
 
 class FakeGraph:
@@ -121,6 +123,36 @@ def test_a_size_is_run_captured_and_from_then_on_replayed(monkeypatch):
         graphs.run(size, lambda size: calls.append(f"run {size}"))
     assert calls == ["run 4", "capture 4", "run 2", "capture 2"]
     assert {size: graph.num_replays for size, graph in graphs.captured.items()} == {4: 2, 2: 0}
+
+
+def test_memory_of_graphs_is_what_captures_left_less_free(monkeypatch):
+    """Not what the cache gives back when a capture begins, nor that of graphs that were dropped."""
+    free = {"bytes": 1000, "cached": 300}
+
+    def empty_cache() -> None:
+        free["bytes"] += free["cached"]
+        free["cached"] = 0
+
+    @contextmanager
+    def capture(graph, **options):
+        empty_cache()
+        yield
+        free["cached"] += 40
+
+    def step(size: int) -> None:
+        free["bytes"] -= size
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 2000))
+    graphs = StepGraphs(torch.device("cpu"), (0, 1))
+    for size in (100, 20, 100, -5):  # of the last, others gave back more than it took
+        graphs.run(size, step)
+    assert graphs.captured_bytes == 120
+    del graphs.captured[100]
+    assert graphs.captured_bytes == 20
 
 
 def test_a_step_that_fails_is_not_captured(monkeypatch):

@@ -181,6 +181,19 @@ def test_a_call_that_the_driver_lacks_is_not_supported():
         Driver(fake).call("cuGreenCtxNew")
 
 
+@pytest.mark.parametrize("name", ["CUdevResourceType", "CUgreenCtxCreate_flags", "CUstream_flags"])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_constants_that_the_package_lacks_are_not_supported(monkeypatch, name, is_whole):
+    fake = FakeDriver()
+    if is_whole:
+        monkeypatch.delattr(FakeDriver, name)
+    else:
+        monkeypatch.setattr(FakeDriver, name, SimpleNamespace())
+    with pytest.raises(GreenContextUnsupported, match=f"no green contexts: {name}.* no attribute"):
+        with_fake(fake)
+    assert not fake.contexts and not fake.streams
+
+
 def test_an_old_driver_is_not_supported(monkeypatch):
     monkeypatch.setattr(driver_module, "_import_api", lambda: FakeDriver(version=12040))
     with pytest.raises(GreenContextUnsupported, match=r"of CUDA 12\.5 or later, got 12\.4"):

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from engine.decode import DecodeWorker
+from engine.decode import DecodeWorker, batch_buckets
 from engine.pipeline import DecodePipeline
 from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import InOrder
@@ -201,6 +201,74 @@ def test_statistics_show_the_newest_cut(decoders, capsys):
     printed = capsys.readouterr().out
     assert "1 requests with 9 tokens, 2 requests with 5 tokens" in printed
     assert "no step was timed" in printed and "1 in order" in printed
+
+
+@pytest.mark.parametrize("min_requests", [1, 4], ids=["pipelined", "serial"])
+def test_a_launch_that_fails_is_no_step(decoders, monkeypatch, min_requests):
+    def failing(key, step):
+        raise RuntimeError("launch failed")
+
+    pipeline = pipeline_of(decoders["llama"], InOrder(), min_requests=min_requests)
+    before = pipeline.get_pipeline_statistics()
+    steps = Steps(pipeline, [3, 9, 2], 0)
+    monkeypatch.setattr(pipeline.graphs, "run", failing)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        steps.step()
+    assert pipeline.get_pipeline_statistics() == before and before["num_steps"] == 0
+
+
+class OfSms(InOrder):
+    """A stand-in for a partition; its close may fail."""
+
+    def __init__(self, attention: int, ffn: int, error: Exception | None = None) -> None:
+        self.name, self.granted = f"{attention}:{ffn}", (attention, ffn)
+        self.error, self.num_closed = error, 0
+
+    def close(self) -> None:
+        self.num_closed += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_all_partitions_are_given_back_whichever_of_them_fails(decoders):
+    errors = (OSError("first"), None, OSError("second"), None)
+    streams = [OfSms(40 + 8 * i, 92 - 8 * i, error) for i, error in enumerate(errors)]
+    pipeline = pipeline_of(decoders["llama"], *streams)
+    with pytest.raises(OSError, match="first"):
+        pipeline.close()
+    assert [some.num_closed for some in streams] == [1] * 4
+
+
+def test_sms_are_shown_for_each_of_several_partitions(decoders):
+    pipeline = pipeline_of(decoders["llama"], OfSms(40, 92), OfSms(56, 76), InOrder())
+    assert pipeline.get_pipeline_statistics()["granted_sms_by_mode"] == {
+        "40:92": {"attention": 40, "ffn": 92},
+        "56:76": {"attention": 56, "ffn": 76},
+    }
+
+
+@pytest.mark.parametrize("max_num_seqs", [17, 65])
+def test_serial_steps_have_the_rows_that_they_have_without_a_pipeline(decoders, max_num_seqs):
+    """Micro-batches are rounded up to 8 rows, which is nothing to a serial step."""
+    options = worker_options(decoders["llama"], 0, max_num_seqs)
+    assert len(options["buffers"].logits) > max_num_seqs
+    options["max_num_seqs"] = max_num_seqs
+    pipeline = DecodePipeline(**options, streams=[InOrder()], min_requests=max_num_seqs)
+    assert pipeline.buckets == batch_buckets(max_num_seqs)
+    pipeline.warm_up()
+    pipeline.graphs = Recorded()
+    steps = Steps(pipeline, [3] * max_num_seqs, 0)
+    steps.step()  # the fullest has more rows where it is pipelined
+    assert list(pipeline.graphs.captured) == [("in order", len(options["buffers"].logits) // 2, 0)]
+    pipeline.modes = dict.fromkeys(pipeline.modes)
+    steps.step()
+    assert list(pipeline.graphs.captured)[1:] == [max_num_seqs]
+
+
+def test_requests_of_a_step_have_rows(decoders):
+    options = worker_options(decoders["llama"], 0, 4)
+    with pytest.raises(ValueError, match="max_num_seqs must be at most 4 rows, got 5"):
+        DecodeWorker(**options, max_num_seqs=5)
 
 
 class Recorded:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import PTXASError
 
-from engine import LLM
+from engine import LLM, build
 from engine.build import _stage_streams
 from engine.config import EngineConfig
+from engine.core import Core
+from engine.pd_core import PDCore
 from engine.pipeline import DecodePipeline
 from engine.stage_streams import InOrder
 from tests import test_llm
@@ -104,6 +107,89 @@ def test_without_the_option_decode_is_serial(bytes_folder):
 
 
 GPU = torch.device("cuda")
+
+
+ERRORS = {
+    "CUDA out of memory.": torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation"),
+    "PTXASError": PTXASError("no such GPU"),
+    "every program must have run": ValueError("every program must have run, got 3 without"),
+}
+
+
+@pytest.mark.parametrize("told", ERRORS)
+def test_whatever_stops_a_partition_decode_is_serial_and_says_why(monkeypatch, told):
+    monkeypatch.setattr(build.GpuStreams, "partitioned", lambda *_: raise_(ERRORS[told]))
+    config = EngineConfig(model="m", device="cuda", enable_decode_pipeline=True)
+    with pytest.warns(UserWarning, match=f"decode is serial, not pipelined: .*{told}"):
+        streams, why_none = _stage_streams(config, GPU)
+    assert streams is None and told in why_none and "\n" not in why_none
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+class Partition(InOrder):
+    """A stand-in that notes whether it was given back."""
+
+    name, granted = "48:84", (48, 84)
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def partition(monkeypatch) -> Partition:
+    made = Partition()
+    monkeypatch.setattr(build, "_stage_streams", lambda config, device: (made, None))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (DecodePipeline, "__init__"),
+        (Core, "_warm_up"),
+        (PDCore, "_build_prefill"),
+        (PDCore, "_build_scheduler"),
+        (PDCore, "_build_handoffs"),
+        (PDCore, "_warm_up"),
+    ],
+)
+def test_an_llm_that_cannot_be_built_gives_its_partition_back(
+    bytes_folder, partition, monkeypatch, kind, name
+):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(kind, name, lambda *_, **__: raise_(error))
+    options = {"device": "cpu", "num_kv_blocks": 64, "enable_two_gpu_pd": kind is PDCore}
+    with pytest.raises(torch.OutOfMemoryError):
+        LLM(bytes_folder, enable_decode_pipeline=True, **options)
+    assert partition.is_closed
+
+
+def test_a_partition_is_given_back_though_blocks_are_not(bytes_folder, partition, monkeypatch):
+    llm = LLM(bytes_folder, device="cpu", num_kv_blocks=64, enable_decode_pipeline=True)
+    monkeypatch.setattr(llm._core, "drain", lambda: raise_(AssertionError("blocks are held")))
+    with pytest.raises(AssertionError, match="blocks are held"):
+        llm.exit()
+    assert partition.is_closed
+
+
+def test_the_fullest_step_is_pipelined_however_few_requests_it_has(bytes_folder, partition):
+    with small_llm(bytes_folder, decode_pipeline="static", max_num_seqs=3) as llm:
+        llm.generate([[1, 2, 3]] * 3, greedy(4, ignore_eos=True))
+        llm.generate([[1, 2, 3]] * 2, greedy(4, ignore_eos=True))
+        steps = llm.decode_runner.get_pipeline_statistics()["num_steps_by_mode"]
+    assert steps == {"48:84": 3, "serial": 3}
+
+
+def test_serial_steps_are_of_the_same_sizes_with_a_pipeline(bytes_folder):
+    buckets = []
+    for choice in ("static", "auto", "disabled"):
+        with small_llm(bytes_folder, decode_pipeline=choice, max_num_seqs=17) as llm:
+            buckets.append(llm.decode_runner.buckets)
+    assert buckets[0] == buckets[1] == buckets[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")

@@ -102,6 +102,19 @@ class Owner:
         self.is_closed = True
 
 
+def test_a_probe_that_fails_leaves_no_partition(monkeypatch):
+    owner = Owner()
+
+    def are_concurrent(streams):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage_streams.GreenStreams, "of", lambda asked, device: owner)
+    monkeypatch.setattr("green.probe.are_concurrent", are_concurrent)
+    with pytest.raises(torch.OutOfMemoryError):
+        GpuStreams.partitioned((48, 84), torch.device("cuda"))
+    assert owner.is_closed
+
+
 @pytest.mark.parametrize("num_turned_down", range(MAX_TRIES + 1))
 def test_streams_that_take_turns_are_given_back(monkeypatch, num_turned_down):
     owners: list[Owner] = []

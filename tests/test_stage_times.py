@@ -1,8 +1,11 @@
 """Events around launches: which step they tell of, and that no replay is read half done."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from engine.graphs import StepGraphs
 from engine.pipeline import DecodePipeline
 from engine.stage_schedule import Placement, make_schedule
 from engine.stage_streams import InOrder
@@ -21,16 +24,19 @@ class Event:
     now = 0.0
     is_over = True
 
-    def __init__(self, *, enable_timing: bool, external: bool) -> None:
-        assert enable_timing and external
+    def __init__(self, *, enable_timing: bool, external: bool = False) -> None:
+        assert enable_timing
         self.time: float | None = None
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         Event.now += 1.0
         self.time = Event.now
 
     def query(self) -> bool:
         return Event.is_over
+
+    def synchronize(self) -> None:
+        """Every step is over before its tokens are asked for."""
 
     def elapsed_time(self, other: "Event") -> float:
         assert self.time is not None and other.time is not None, "never recorded"
@@ -40,6 +46,7 @@ class Event:
 @pytest.fixture(autouse=True)
 def events(monkeypatch) -> type[Event]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(Event, "now", 0.0)
     monkeypatch.setattr(Event, "is_over", True)
     return Event
@@ -57,18 +64,28 @@ def test_every_launch_lies_between_two_events(events):
     assert timed.read() is None
 
 
-def test_a_step_is_read_before_its_events_are_recorded_anew(events, tmp_path):
-    decoder = decoder_of(save_random(tmp_path, num_hidden_layers=1), row_by_row())
+def timed_pipeline(folder: Path, *streams: InOrder) -> DecodePipeline:
+    decoder = decoder_of(save_random(folder, num_hidden_layers=1), row_by_row())
     options = worker_options(decoder, 0, 8)
-    pipeline = DecodePipeline(**options, streams=[InOrder()], min_requests=1)
+    pipeline = DecodePipeline(**options, streams=streams, min_requests=1)
     pipeline._is_timed = True
+    return pipeline
+
+
+def num_timed(pipeline: DecodePipeline) -> int:
+    """Steps whose times are known, without a look at what has come since."""
+    return pipeline.statistics.as_dict()["num_timed_steps"]
+
+
+def test_a_step_is_read_before_its_events_are_recorded_anew(events, tmp_path):
+    pipeline = timed_pipeline(tmp_path, InOrder())
     steps = Steps(pipeline, [3, 5, 9], 0)
     with torch.inference_mode():
         for _ in range(2):
             steps.step()
-        assert pipeline.statistics.num_timed_steps == 0  # two turns are under way
+        assert num_timed(pipeline) == 0  # two turns are under way
         steps.step()
-        assert pipeline.statistics.num_timed_steps == 1
+        assert num_timed(pipeline) == 1
         events.is_over = False
         assert pipeline.get_pipeline_statistics()["num_timed_steps"] == 1
         events.is_over = True
@@ -76,3 +93,44 @@ def test_a_step_is_read_before_its_events_are_recorded_anew(events, tmp_path):
     assert stats["num_timed_steps"] == 3
     assert stats["step_ms"] == 2 * len(pipeline.schedule) - 1
     assert stats["busy_ms"] == {"attention": 2.0, "ffn": 2.0}
+
+
+class OnADevice:
+    """The pipeline's work, as if the device took its time for it."""
+
+    def __init__(self, graphs: StepGraphs, step_ms: float) -> None:
+        self.captured: dict = {}
+        self.is_capturing = True
+        self._graphs, self._step_ms = graphs, step_ms
+
+    def run(self, key, step) -> None:
+        self._graphs.run(key, step)
+        Event.now += self._step_ms
+        self.captured[key] = None
+
+
+def test_a_serial_step_lies_between_two_events_of_the_device(events, tmp_path):
+    pipeline = timed_pipeline(tmp_path)
+    pipeline.graphs = OnADevice(pipeline.graphs, 7.0)
+    steps = Steps(pipeline, [3, 5, 9], 0)
+    pipeline.device = torch.device("cuda")  # or spans are of the host's clock
+    with torch.inference_mode():
+        for _ in range(4):
+            steps.step()
+        assert num_timed(pipeline) == 2  # the first was captured, the last is under way
+        events.is_over = False
+        assert pipeline.get_pipeline_statistics()["num_timed_steps"] == 2
+        events.is_over = True
+        stats = pipeline.get_pipeline_statistics()
+    assert stats["partitioning"] == "none" and stats["timed_mode"] == "serial"
+    assert (stats["num_timed_steps"], stats["step_ms"]) == (3, 8.0)
+    assert stats["busy_ms"] is stats["overlap"] is stats["occupancy"] is None
+
+
+def test_on_a_cpu_nothing_is_timed(tmp_path):
+    decoder = decoder_of(save_random(tmp_path, num_hidden_layers=1), row_by_row())
+    options = worker_options(decoder, 0, 8)
+    pipeline = DecodePipeline(**options, streams=[], min_requests=1, is_timed=True)
+    with torch.inference_mode():
+        Steps(pipeline, [3, 5, 9], 0).step()
+    assert pipeline.get_pipeline_statistics()["step_ms"] is None

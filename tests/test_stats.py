@@ -103,6 +103,16 @@ def test_utilisation_counts_while_there_are_requests(monkeypatch):
     assert shown["decode_utilisation"] == pytest.approx(0.5)
 
 
+def test_graphs_of_both_workers_are_counted():
+    stats = EngineStats()
+    assert stats.as_dict()["graph_bytes"] == 0
+    stats.graphs_captured(3, 20.0, 1 << 20)
+    stats.graphs_captured(4, 10.0, 1 << 21)
+    shown = stats.as_dict()
+    assert (shown["num_graphs"], shown["capture_ms"]) == (7, 30.0)
+    assert shown["graph_bytes"] == 3 << 20
+
+
 def test_hand_overs_are_counted():
     stats = HandoffStats()
     assert stats.as_dict() == {
