@@ -53,6 +53,7 @@ PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads i
 WARPS_PER_SM = 4
 PIPELINE_TOKENS = 32
 PIPELINE_STAGES = 3
+MAX_KEYS = 32 * 128  # elements of a step's keys that fit registers beside all else
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,11 @@ def _num_programs(
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tokens a program reads at a time; BLOCK_M is the padded GQA group, set by the launcher."""
-    stages = 2 if dtype == torch.float32 else 3
-    return Tile(BLOCK_M=16, BLOCK_N=SPLIT_UNIT, BLOCK_K=head_dim, num_stages=stages)
+    is_wide = head_dim > 128
+    # of wide heads fewer, so that two programs' buffers fit an SM, and fp32 the registers
+    num_tokens = SPLIT_UNIT // 2 if is_wide and dtype == torch.float32 else SPLIT_UNIT
+    stages = 2 if is_wide or dtype == torch.float32 else 3
+    return Tile(BLOCK_M=16, BLOCK_N=num_tokens, BLOCK_K=head_dim, num_stages=stages)
 
 
 def choose_pipeline_tile(block_size: int, head_dim: int) -> Tile:
@@ -136,10 +140,13 @@ def choose_pipeline_tile(block_size: int, head_dim: int) -> Tile:
 
 
 def takes(q: Tensor, kv_cache: Tensor) -> bool:
-    """Whether `decode_pipeline` can: Hopper, a 16-bit dtype, groups of up to 16 heads, a pool that
-    is a matrix to the copy engine."""
+    """Whether `decode_pipeline` can: Hopper, a 16-bit dtype, a pool that is a matrix to the copy
+    engine, groups of up to 16 heads, and keys of a step, a block at least, that a warp can hold."""
+    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
     is_known = q.dtype in hopper.GL_DTYPES and hopper.has_wgmma(q.device)
-    return is_known and q.shape[1] <= 16 * kv_cache.shape[3] and hopper.is_pool_matrix(kv_cache)
+    group, num_keys = q.shape[1] // num_kv_heads, max(block_size, PIPELINE_TOKENS)
+    is_small = group <= 16 and num_keys * head_dim <= MAX_KEYS
+    return is_known and is_small and hopper.is_pool_matrix(kv_cache)
 
 
 def decode_attention(

@@ -116,8 +116,10 @@ def _attend_run(
     offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, MMA))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, MMA))
     in_group = offs_g < GROUP
-    partial_ptrs = partial_ptr + offs_g[:, None] * D + offs_d[None, :]
-    max_sum_ptrs = max_sum_ptr + offs_g * 2
+    partial_offs = offs_g[:, None] * D + offs_d[None, :]
+    partial_ptr += first_split * GROUP * D
+    max_sum_ptr += first_split * GROUP * 2
+    split_end = start + split_len
     top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, MMA))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
     acc = gl.zeros([ROWS, D], gl.float32, MMA)
@@ -147,12 +149,13 @@ def _attend_run(
         acc = mma_v2(probs, v, acc * fade[:, None])
         top = new_top
         step_count += 1
-        split = n // split_len
-        is_end = (n + BLOCK_N >= end) | (n + BLOCK_N == (split + 1) * split_len)
-        if keeps_partials & is_end:
-            gl.store(partial_ptrs + split * GROUP * D, acc, mask=in_group[:, None])
-            gl.store(max_sum_ptrs + split * GROUP * 2, top, mask=in_group)
-            gl.store(max_sum_ptrs + split * GROUP * 2 + 1, total, mask=in_group)
+        if keeps_partials & ((n + BLOCK_N >= end) | (n + BLOCK_N == split_end)):
+            gl.store(partial_ptr + partial_offs, acc, mask=in_group[:, None])
+            gl.store(max_sum_ptr + offs_g * 2, top, mask=in_group)
+            gl.store(max_sum_ptr + offs_g * 2 + 1, total, mask=in_group)
+            partial_ptr += GROUP * D
+            max_sum_ptr += GROUP * 2
+            split_end += split_len
             top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, MMA))
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
             acc = gl.zeros([ROWS, D], gl.float32, MMA)

@@ -158,17 +158,28 @@ PIPELINE_MIN_QUERIES = 64
 
 
 def choose_tile(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Tile:
-    """Queries x keys a program holds."""
+    """Queries x keys a program holds: what fits registers and shared memory."""
     if dtype == torch.float32:
-        return Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=head_dim, num_stages=2)
+        num_keys = 32 if head_dim <= 64 else 16
+        return Tile(BLOCK_M=32, BLOCK_N=num_keys, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+    if head_dim > 128:
+        return Tile(BLOCK_M=64, BLOCK_N=32, BLOCK_K=head_dim, num_warps=8, num_stages=3)
     if max_query_len <= 64:
         return Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=head_dim, num_stages=3)
     return Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=head_dim, num_warps=8, num_stages=3)
 
 
-def choose_pipeline_tile(head_dim: int) -> Tile:
-    """The same for `prefill_pipeline`: a ring of two steps of 128 keys was fastest on an H100."""
-    return Tile(BLOCK_M=PIPELINE_ROWS, BLOCK_N=128, BLOCK_K=head_dim, num_warps=8, num_stages=2)
+def choose_pipeline_tile(block_size: int, head_dim: int) -> Tile:
+    """The same for `prefill_pipeline`: a ring of two steps of 128 keys was fastest on an H100. Of
+    short blocks, half as long steps: the loading warp's registers hold no more ids of blocks."""
+    num_keys, stages = (64, 4) if block_size < 16 else (128, 2)
+    return Tile(
+        BLOCK_M=PIPELINE_ROWS,
+        BLOCK_N=num_keys,
+        BLOCK_K=head_dim,
+        num_warps=8,
+        num_stages=stages,
+    )
 
 
 def takes(q: Tensor, kv_cache: Tensor) -> bool:
@@ -218,7 +229,7 @@ def prefill_attention(
         return out
     is_long = num_tokens >= PIPELINE_MIN_QUERIES * num_requests if tile is None else has_form(tile)
     if is_long and takes(q, kv_cache):
-        tile = choose_pipeline_tile(head_dim) if tile is None else tile
+        tile = choose_pipeline_tile(block_size, head_dim) if tile is None else tile
         paging = kv_cache, block_table, cu_seqlens, context_lens
         _launch_pipeline(q, *paging, scale, out, tile=tile, num_sms=num_sms)
         return out
