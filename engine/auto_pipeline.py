@@ -1,51 +1,24 @@
 """AutoPipeline: a DecodePipeline that times itself when it starts and pipelines where that wins."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-import torch
-
 from engine.calibration_file import CalibrationFile
-from engine.micro_batches import cut, places
-from engine.pipeline import DecodePipeline
-from engine.pipeline_choice import Choice, Readings, choose, contexts_up_to, mode_at, why
+from engine.pipeline import Key
+from engine.pipeline_choice import Choice, Readings, choose, contexts_up_to, mode_at, not_read, why
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams
 from engine.step_model import Split, StepModel
-from green.driver import GreenContextError
+from engine.trial_steps import TimeIsUp, TrialSteps, name_of
 
-# batch, tokens that each request holds, mode, and what launches the step -> ms of it
-TimeStep = Callable[[int, int, str, Callable[[], None]], float]
-CALIBRATION_SECONDS = 25.0  # after which no batch is begun; one takes about two
-ROUNDS = 3  # readings of each mode, in turn with the others': clocks drift
-READING_MS = 25.0
-NOT_TIMED = "serial: the calibration's time was up; the next start goes on"
+CALIBRATION_SECONDS = 25.0  # after which no reading is begun, and nothing captured to be read
+TIME_WAS_UP = "the calibration's time was up; the next start goes on"
+NOT_TIMED = f"serial: {TIME_WAS_UP}"
 NOT_WORTH_IT = "serial: by arithmetic no split can win, for every micro-batch reads all weights"
 
 
-def replay_ms(batch: int, context: int, mode: str, run: Callable[[], None]) -> float:
-    """Milliseconds of one launch, by events on the current stream; waits for them."""
-    num, step_ms = 1, 0.0
-    while num * step_ms < READING_MS:
-        if step_ms:  # of a single one: enough of them for a reading
-            num = round(READING_MS / step_ms) + 1
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(num):
-            run()
-        end.record()
-        end.synchronize()
-        step_ms = start.elapsed_time(end) / num
-        if num > 1:
-            break
-    return step_ms
-
-
-class AutoPipeline(DecodePipeline):
+class AutoPipeline(TrialSteps):
     """`choices` says by the rows of a serial step, and by what its requests hold, which split it
     runs on. Until `warm_up` has found them every step is serial."""
 
@@ -55,34 +28,36 @@ class AutoPipeline(DecodePipeline):
         max_model_len: int,
         model: StepModel,
         splits: Sequence[Split],
-        make_streams: Callable[[Split], StageStreams],
         file: CalibrationFile,
-        time_step: TimeStep = replay_ms,
-        clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> None:
-        """model: rules out what is not worth a reading; splits: those that the device has;
-        make_streams: as GpuStreams.partitioned; the rest as in DecodePipeline."""
-        super().__init__(*arguments, max_model_len=max_model_len, streams=(), **options)
+        """model: rules out what is not worth a reading; splits: those that the device has; the rest
+        as in TrialSteps."""
+        super().__init__(*arguments, max_model_len=max_model_len, **options)
         self.choices: dict[int, tuple[Choice, ...]] = {}
+        self.calibration_s = 0.0  # that `warm_up` took before it captured what was chosen
         self._model, self._splits, self._file = model, splits, file
-        self._make_streams, self._time_step, self._clock = make_streams, time_step, clock
         self._max_model_len = max_model_len
-        self._why_not: dict[str, str] = {}  # splits that could not be had
+        # by batch: by context what is to be timed, and what was
+        self._wanted: dict[int, dict[int, list[str]]] = {}
+        self._readings: dict[int, dict[int, dict[str, float]]] = {}
 
     def warm_up(self) -> None:
         """Find the choices, then capture the graphs that steps may come to."""
-        self._calibrate()
+        start = self._clock()
+        self._calibrate(start + CALIBRATION_SECONDS)
+        self._choose_all()
         self._drop_losers()
+        self.calibration_s = self._clock() - start
+        while not self._splits_captured():
+            self._choose_all()
         super().warm_up()
         partitions = ", ".join(self.streams)
         self.statistics.partitioning = partitions or "none"
         if len(self.streams) == 1:
             self.statistics.granted_sms = next(iter(self.streams.values())).granted
         if not partitions:
-            self.statistics.why_none = "; ".join(
-                self._why_not.values() or ["auto: serial is faster for every batch"]
-            )
+            self.statistics.why_none = self._why_none()
 
     def _mode_of(self, num_requests: int, num_kv_tokens: int) -> StageStreams | None:
         choices = self.choices.get(self._bucket_of(num_requests), ())
@@ -95,31 +70,30 @@ class AutoPipeline(DecodePipeline):
         choices = self.choices.get(self._bucket_of(num_requests), ())
         return [None, *(self.streams[mode] for mode in dict.fromkeys(c.mode for c in choices))]
 
-    def _calibrate(self) -> None:
-        """Fill in the choices; the largest batches first, which have the most to win."""
-        batches = [batch for batch in reversed(self.buckets) if batch >= self._min_requests]
-        candidates = {
-            batch: self._model.candidates(batch, self._contexts(batch), self._splits)
-            for batch in batches
+    def _calibrate(self, deadline: float) -> None:
+        """Time what is worth it and no start before has timed, until the clock's deadline; what was
+        read until then is kept."""
+        worth = {
+            batch: self._model.worth_timing(batch, self._contexts(batch), self._splits)
+            for batch in self.buckets
+            if batch >= self._min_requests
         }
-        readings = self._file.read()
-        kept, deadline = set(readings), self._clock() + CALIBRATION_SECONDS
-        to_read = [batch for batch in batches if candidates[batch] and batch not in kept]
-        if to_read:  # what was never written may be anything, NaN too
-            self.kv_cache.blocks.zero_()
-        for batch in to_read:
-            if self._clock() < deadline:
-                readings[batch] = self._read(batch, candidates[batch])
-        if readings.keys() - kept and not self._why_not:
-            self._file.write(readings)
-        for batch in self.buckets:
-            if batch < self._min_requests:
-                reason = f"serial: fewer than {self._min_requests} requests"
-            elif not candidates[batch]:
-                reason = NOT_WORTH_IT
-            else:
-                reason = self._choose(batch, readings.get(batch))
-            self.statistics.choices[batch] = reason
+        self._wanted = {
+            batch: {context: [name_of(split) for split in splits] for context, splits in of.items()}
+            for batch, of in worth.items()
+        }
+        self._readings = self._file.read()
+        num_read = 0
+        try:
+            with suppress(TimeIsUp):
+                for batch, context, modes in self._to_read(worth):
+                    if not num_read:
+                        self._fill_cache()
+                    self._add(batch, context, self._times(batch, context, modes, deadline))
+                    num_read += 1
+        finally:
+            if num_read:
+                self._file.write(self._readings)
 
     def _contexts(self, batch: int) -> tuple[int, ...]:
         """Where times of a batch are read: up to what the cache holds of so many requests."""
@@ -127,104 +101,97 @@ class AutoPipeline(DecodePipeline):
         held = self.kv_cache.num_blocks // batch * block_size
         return contexts_up_to(min(self._max_model_len, held)) if held else ()
 
-    def _choose(self, batch: int, readings: Readings | None) -> str:
+    def _to_read(
+        self, worth: Mapping[int, Mapping[int, Sequence[Split]]]
+    ) -> Iterator[tuple[int, int, list[str]]]:
+        """Batch, context and splits that can be had, the most promising batches first."""
+        gains = {
+            batch: max((self._model.gain(batch, c, s) for c in of for s in of[c]), default=0.0)
+            for batch, of in worth.items()
+        }
+        for batch in sorted(worth, key=lambda batch: (-gains[batch], -batch)):
+            for context, missing in self._missing(batch).items():
+                if modes := [mode for mode in missing if self._streams_of(mode) is not None]:
+                    yield batch, context, modes
+
+    def _missing(self, batch: int) -> dict[int, list[str]]:
+        return not_read(self._readings.get(batch, {}), self._wanted[batch])
+
+    def _add(self, batch: int, context: int, ms: Mapping[str, float]) -> None:
+        """Note new times. Where serial is known already, in proportion to it: clocks differ from
+        start to start."""
+        known = self._readings.setdefault(batch, {}).setdefault(context, {})
+        scale = known.get(SERIAL, ms[SERIAL]) / ms[SERIAL]
+        known |= {mode: t * scale for mode, t in ms.items() if mode not in known}
+
+    def _choose_all(self) -> None:
+        """Fill in the choices, and the reason of each."""
+        for batch in self.buckets:
+            if batch < self._min_requests:
+                reason = f"serial: fewer than {self._min_requests} requests"
+            elif not any(self._wanted[batch].values()):
+                reason = NOT_WORTH_IT
+            else:
+                reason = self._reason(batch)
+            self.statistics.choices[batch] = reason
+
+    def _reason(self, batch: int) -> str:
+        """Choose for a batch from what was read of it, and say why."""
+        missing = self._missing(batch)
+        left = [c for c, modes in missing.items() if set(modes) - self._why_not.keys()]
+        if left and batch not in self._readings:
+            return NOT_TIMED
+        cannot_win = {context: {} for context, modes in self._wanted[batch].items() if not modes}
+        reason = self._choose(batch, cannot_win | self._readings.get(batch, {}))
+        if left:
+            reason += f"; not all is timed from {min(left)} tokens on: {TIME_WAS_UP}"
+        return reason
+
+    def _choose(self, batch: int, readings: Readings) -> str:
         """Take over what readings say of a batch, but for splits that cannot be had. Returns the
         reason."""
-        if readings is None:
-            return NOT_TIMED
-        modes = {mode for ms in readings.values() for mode in ms} - {SERIAL}
-        missing = {mode for mode in modes if self._streams_of(_split(mode)) is None}
-        there = {
-            context: {mode: t for mode, t in ms.items() if mode not in missing}
-            for context, ms in readings.items()
-        }
-        self.choices[batch] = choose(there)
-        return why(there, self.choices[batch])
-
-    def _streams_of(self, split: Split) -> StageStreams | None:
-        """Of a split, made when it is first asked for; None where it cannot be had."""
-        name = ":".join(map(str, split))
-        if name not in self.streams and name not in self._why_not:
-            try:
-                streams = self._make_streams(split)
-            except GreenContextError as error:
-                self._why_not[name] = str(error)
-            else:
-                if streams.name == name:
-                    self.streams[name] = streams
-                else:
-                    self._why_not[name] = f"{name} was asked for, {streams.name} granted"
-                    streams.close()
-        return self.streams.get(name)
-
-    def _read(self, batch: int, candidates: Sequence[Split]) -> dict[int, dict[str, float]]:
-        """Times of a batch by context and mode; none at a context where no candidate could win."""
-        readings: dict[int, dict[str, float]] = {}
-        for context in self._contexts(batch):
-            could = [s for s in candidates if self._model.could_win(batch, context, s)]
-            modes = [streams for s in could if (streams := self._streams_of(s)) is not None]
-            readings[context] = self._times(batch, context, modes) if modes else {}
-        return readings
-
-    def _times(self, batch: int, context: int, modes: Sequence[StageStreams]) -> dict[str, float]:
-        """Milliseconds of the serial step and of each of these, medians of several rounds."""
-        found: dict[str, list[float]] = {}
-        with self._requests_of(batch, context):
-            for streams in (None, *modes):
-                self._launcher(batch, context, streams)()  # captures, where that is still to do
-            for _ in range(ROUNDS):
-                for streams in (None, *modes):
-                    mode = SERIAL if streams is None else streams.name
-                    run = self._launcher(batch, context, streams)
-                    found.setdefault(mode, []).append(self._time_step(batch, context, mode, run))
-        return {mode: statistics.median(ms) for mode, ms in found.items()}
-
-    @contextmanager
-    def _requests_of(self, batch: int, context: int) -> Iterator[None]:
-        """Block tables as if there were requests, over scattered blocks. Nobody has a row yet."""
-        assert not len(self.rows), "a calibration must come before the first request"
-        num_blocks = -(-context // self.kv_cache.block_size)
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(self.kv_cache.num_blocks, generator=generator)
-        blocks = order[: batch * num_blocks].view(batch, num_blocks)
-        self.block_table[:batch, :num_blocks] = blocks.to(self.device, torch.int32)
-        try:
-            yield
-        finally:
-            self.block_table.zero_()
-            self.token_ids.zero_()
-
-    def _launcher(
-        self, batch: int, context: int, streams: StageStreams | None
-    ) -> Callable[[], None]:
-        """What runs such a step, its inputs uploaded. It stores no k and v: their slots are -1."""
-        rows: Sequence[int] = range(batch)
-        if streams is not None:
-            size = self._size_of(batch)
-            rows = places(cut([context] * batch, self.num_micro_batches), size)
-        columns: Mapping[str, Sequence[int]] = {
-            "rows": range(batch),
-            "positions": [context - 1] * batch,
-            "context_lens": [context] * batch,
-        }
-        self.inputs.upload(self._placed(columns, list(rows)), self._padding)
-        if streams is None:
-            return partial(self.graphs.run, self._bucket_of(batch), self._step)
-        return partial(self.graphs.run, (streams.name, size, 0), self._pipelined_step)
+        choices = choose(readings)
+        missing = {c.mode for c in choices if self._streams_of(c.mode) is None}
+        if missing:
+            there = {
+                context: {mode: t for mode, t in ms.items() if mode not in missing}
+                for context, ms in readings.items()
+            }
+            return self._choose(batch, there)
+        self.choices[batch] = choices
+        return why(readings, choices)
 
     def _drop_losers(self) -> None:
         """Give back the partitions that no step runs on, and the graphs that none comes to."""
-        every = range(1, self.buckets[-1] + 1)
-        needed = {key for num_requests in every for key in self._keys_of(num_requests)}
-        for key in self.graphs.captured.keys() - needed:
-            del self.graphs.captured[key]
         used = {choice.mode for choices in self.choices.values() for choice in choices}
-        for key in [key for key in self._timed if key[0] not in used]:
-            del self._timed[key]
-        for name in self.streams.keys() - used:
-            self.streams.pop(name).close()
+        for mode in self.streams.keys() - used:
+            self._drop(mode)
+        for key in self.graphs.captured.keys() - self._all_keys():
+            del self.graphs.captured[key]
 
+    def _all_keys(self) -> dict[Key | int, None]:
+        every = range(self.buckets[-1], 0, -1)
+        return dict.fromkeys(key for num_requests in every for key in self._keys_of(num_requests))
 
-def _split(mode: str) -> Split:
-    attention, ffn = map(int, mode.split(":"))
-    return attention, ffn
+    def _splits_captured(self) -> bool:
+        """Capture the graphs of the splits that steps run on, the largest first. False where one
+        failed, which is left out from now on."""
+        num_failed = len(self._why_not)
+        for key in self._all_keys():
+            if not isinstance(key, int) and key[0] in self.streams:
+                with self._left_out_on_error(key[0]):
+                    if key not in self.graphs.captured:
+                        self.inputs.upload({}, self._padding)
+                        self.graphs.run(key, self._pipelined_step)
+        return len(self._why_not) == num_failed
+
+    def _why_none(self) -> str:
+        """What was timed and lost, and what could not be had."""
+        timed = {mode for read in self._readings.values() for ms in read.values() for mode in ms}
+        lost = sorted(timed - {SERIAL} - self._why_not.keys())
+        is_late = any(TIME_WAS_UP in reason for reason in self.statistics.choices.values())
+        reasons = [f"auto: {TIME_WAS_UP}"] * is_late
+        if lost or not (self._why_not or is_late):
+            than = f" than {', '.join(lost)}" if self._why_not or is_late else ""
+            reasons.insert(0, f"auto: serial is faster{than} for every batch")
+        return "; ".join(reasons + [f"no {mode}: {why}" for mode, why in self._why_not.items()])

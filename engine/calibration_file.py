@@ -18,9 +18,11 @@ from engine.pipeline_choice import Readings
 from engine.pipeline_stats import SERIAL
 
 ROOT = Path(__file__).resolve().parent.parent
-# what decides how long a step takes
-SOURCES = ("kernels/*.py", "kernels/*.json", "models/decoder.py", "engine/pipeline.py")
-SOURCES += ("engine/stage_*.py", "engine/micro_batches.py", "engine/auto_pipeline.py")
+# what decides how long a step takes, how that is read, and which splits are read at all
+SOURCES = ("kernels/*.py", "kernels/*.json", "models/decoder.py", "green/*.py")
+SOURCES += ("engine/decode.py", "engine/graphs.py", "engine/kv_cache.py", "engine/micro_batches.py")
+SOURCES += ("engine/pipeline.py", "engine/stage_*.py", "engine/auto_pipeline.py")
+SOURCES += ("engine/trial_steps.py", "engine/step_model.py", "engine/device_rates.py")
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 Split = tuple[int, int]  # SMs for attention, SMs for FFN
 
-MARGIN = 0.03  # by which a split must beat serial, here and by the clock; what readings scatter by
+WORTH_TIMING = 0.02  # gain by arithmetic of which less is not worth a reading: so much may be lost
 MAX_CANDIDATES = 3  # splits timed for one batch
 MIN_DISTANCE = 16  # SMs of attention between them
 
@@ -60,10 +60,13 @@ class StepModel:
         products_ms = self._flops(num_bytes, batch) / self.rates.flops_per_ms
         return products_ms > self.num_micro_batches * num_bytes / self.rates.bytes_per_ms
 
+    def gain(self, batch: int, context: int, split: Split) -> float:
+        """How many times as fast as serial the split may be."""
+        return self.serial_ms(batch, context) / self.pipelined_ms(batch, context, split)
+
     def could_win(self, batch: int, context: int, split: Split) -> bool:
-        """Whether the split may beat serial by MARGIN."""
-        pipelined_ms = self.pipelined_ms(batch, context, split)
-        return pipelined_ms * (1 + MARGIN) <= self.serial_ms(batch, context)
+        """Whether the split may win by what is worth a reading."""
+        return self.gain(batch, context, split) >= 1 + WORTH_TIMING
 
     def candidates(
         self, batch: int, contexts: Sequence[int], splits: Sequence[Split]
@@ -73,10 +76,7 @@ class StepModel:
         if not self.is_compute_bound(batch):
             return ()
         gains = {
-            split: max(
-                self.serial_ms(batch, context) / self.pipelined_ms(batch, context, split)
-                for context in contexts
-            )
+            split: max(self.gain(batch, context, split) for context in contexts)
             for split in splits
             if any(self.could_win(batch, context, split) for context in contexts)
         }
@@ -86,6 +86,19 @@ class StepModel:
             if all(abs(split[0] - other[0]) >= MIN_DISTANCE for other in found):
                 found.append(split)
         return tuple(found[:MAX_CANDIDATES])
+
+    def worth_timing(
+        self, batch: int, contexts: Sequence[int], splits: Sequence[Split]
+    ) -> dict[int, list[Split]]:
+        """The candidates by context: each where it could win, and at the contexts next to these,
+        since what lies between two is judged by the times at both. contexts: rising."""
+        found: dict[int, list[Split]] = {context: [] for context in contexts}
+        for split in self.candidates(batch, contexts, splits):
+            could = [self.could_win(batch, context, split) for context in contexts]
+            for i, context in enumerate(contexts):
+                if any(could[max(i - 1, 0) : i + 2]):
+                    found[context].append(split)
+        return found
 
     def _products_ms(self, num_bytes: int, batch: float, num_sms: int | None = None) -> float:
         rates = self.rates

@@ -1,5 +1,7 @@
 """decode_pipeline="auto" over stand-in times: what it times, chooses, keeps and says."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -8,16 +10,23 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.auto_pipeline import CALIBRATION_SECONDS, NOT_TIMED, NOT_WORTH_IT, AutoPipeline
+from engine.auto_pipeline import (
+    CALIBRATION_SECONDS,
+    NOT_TIMED,
+    NOT_WORTH_IT,
+    TIME_WAS_UP,
+    AutoPipeline,
+)
 from engine.build import _why_not_auto, make_decode_worker
 from engine.calibration_file import CalibrationFile
 from engine.config import EngineConfig
 from engine.decode import DecodeWorker
+from engine.pipeline_choice import MARGIN
 from engine.stage_streams import InOrder
-from engine.step_model import MARGIN, Rates, StepModel
+from engine.step_model import Rates, StepModel
 from green.driver import GreenContextError
 from tests.checkpoints import save_random
-from tests.decode_steps import Steps, decoder_of, row_by_row, worker_options
+from tests.decode_steps import Steps, decoder_of, random_cache, row_by_row, worker_options
 from tests.strategies import DEVICE
 
 MAX_NUM_SEQS = 12
@@ -55,39 +64,58 @@ class Machine:
 
     speedups: dict[str, float] = field(default_factory=dict)
     fails: frozenset[str] = frozenset()
+    broken: dict[str, int] = field(default_factory=dict)  # split -> launches that go well
+    ms: float = 10.0  # of a serial step
     seconds_a_reading: float = 0.0
     now: float = 0.0
     asked: list = field(default_factory=list)  # batch, context, mode of every reading
-    made: dict[str, "Split"] = field(default_factory=dict)
+    made: dict[str, "Split"] = field(default_factory=dict)  # the newest of each
+    num_made: Counter = field(default_factory=Counter)
+    watch: Callable[[str], None] = lambda mode: None  # looks on before a step is read
 
     def streams(self, split) -> InOrder:
         name = ":".join(map(str, split))
-        assert name not in self.made
+        self.num_made[name] += 1
         if name in self.fails:
             raise GreenContextError("cuGreenCtxCreate", 2, "out of memory", "free some")
-        self.made[name] = Split(name)
+        self.made[name] = Split(name, self.broken)
         return self.made[name]
 
     def step_ms(self, batch, context, mode, run) -> float:
+        self.watch(mode)
         run()
         self.asked.append((batch, context, mode))
         self.now += self.seconds_a_reading
-        return 10.0 / self.speedups.get(mode, 1.0)
+        return self.ms / self.speedups.get(mode, 1.0)
 
     def clock(self) -> float:
         return self.now
 
+    def read(self) -> set:
+        """Batch and context of all readings."""
+        return {(batch, context) for batch, context, _ in self.asked}
+
 
 class Split(InOrder):
-    """A stand-in for a partition's streams."""
+    """A stand-in for a partition's streams, which may break."""
 
     is_closed = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, broken: dict[str, int]) -> None:
         self.name = name
         self.granted = tuple(map(int, name.split(":")))
+        self._broken = broken
+
+    def run(self, launch, work) -> None:
+        assert not self.is_closed
+        if self.name in self._broken:
+            if not self._broken[self.name]:
+                raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+            self._broken[self.name] -= 1
+        work()
 
     def close(self) -> None:
+        assert not self.is_closed
         self.is_closed = True
 
 
@@ -106,14 +134,13 @@ def auto_of(decoder, machine: Machine, folder, *, model=ANYTHING, **more) -> Aut
     options = worker_options(decoder, 0, MAX_NUM_SEQS)
     more = {"min_requests": 3} | more
     return AutoPipeline(
-        **options,
+        **options | more,
         model=model,
         splits=SPLITS,
         make_streams=machine.streams,
         file=CalibrationFile(folder, {"gpu": "stand-in"}),
         time_step=machine.step_ms,
         clock=machine.clock,
-        **more,
     )
 
 
@@ -140,7 +167,7 @@ def test_steps_run_on_the_fastest_and_equal_the_serial_ones(
         patch.setattr("engine.pipeline_choice.CONTEXTS", (1, 16))
         pipeline = warmed_up(auto_of(decoder, machine, tmp_path_factory.mktemp("cache")))
     best = max(names, key=machine.speedups.__getitem__)
-    is_faster = 10.0 / (10.0 / machine.speedups[best]) >= 1 + MARGIN
+    is_faster = 10.0 / machine.speedups[best] < 10.0 / (1 + MARGIN)
     assert list(pipeline.streams) == [best] * is_faster
     steps = Steps(pipeline, context_lens, 0)
     serial = Steps(DecodeWorker(**worker_options(decoder, 0, MAX_NUM_SEQS)), context_lens, 0)
@@ -153,7 +180,7 @@ def test_steps_run_on_the_fastest_and_equal_the_serial_ones(
         assert streams.is_closed == (name not in pipeline.streams)
 
 
-def test_a_step_between_two_contexts_that_won_is_pipelined(decoder, tmp_path, monkeypatch):
+def test_a_step_between_two_contexts_is_pipelined_where_that_wins(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
     machine = Machine({"40:92": 1.2, "56:76": 1.1})
     pipeline = warmed_up(auto_of(decoder, machine, tmp_path))
@@ -165,7 +192,7 @@ def test_a_step_between_two_contexts_that_won_is_pipelined(decoder, tmp_path, mo
     stats = pipeline.get_pipeline_statistics()
     assert stats["num_steps_by_mode"] == {"40:92": 2, "serial": 2}  # two requests are too few
     assert stats["partitioning"] == "40:92" and stats["granted_sms"]["ffn"] == 92
-    assert stats["choices"][8].startswith("40:92 at 8-16 tokens (1.20x)")
+    assert stats["choices"][8] == "40:92 at 8-72 tokens (up to 1.20x), else serial"
     assert stats["choices"][2] == "serial: fewer than 3 requests"
     pipeline.print_pipeline_statistics()
     short = Steps(auto_of(decoder, Machine({"40:92": 1.2}), tmp_path), [3] * 5, 0)
@@ -185,22 +212,80 @@ def test_a_second_start_times_nothing(decoder, tmp_path, monkeypatch):
     assert first.asked and not second.asked
     assert torch.equal(pipeline.kv_cache.blocks, before)
     assert list(pipeline.streams) == ["56:76"]
+    assert second.num_made == {"56:76": 1}, "those that lost are not needed"
     refused = Machine(fails=frozenset({"56:76"}))
     pipeline = auto_of(decoder, refused, tmp_path)
     pipeline.warm_up()
     assert not pipeline.streams and not pipeline.choices[12]
-    assert "cuGreenCtxCreate failed" in pipeline.statistics.why_none
+    why_none = pipeline.statistics.why_none
+    assert why_none.startswith("auto: serial is faster than 40:92, 72:60 for every batch; no 56:76")
+    assert "cuGreenCtxCreate failed" in why_none
 
 
-def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(decoder, tmp_path):
-    slow = Machine({"40:92": 1.2}, seconds_a_reading=CALIBRATION_SECONDS / 11)
+@pytest.mark.parametrize("num_readings", [0, 11, 12, 13, 12 * 3 - 1])
+def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
+    decoder, tmp_path, monkeypatch, num_readings
+):
+    """Twelve readings, of four modes in three rounds, are one batch at one context."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    seconds = CALIBRATION_SECONDS / num_readings if num_readings else 0.0
+    slow = Machine({"40:92": 1.2}, seconds_a_reading=seconds * (1 + 1e-9))
     pipeline = auto_of(decoder, slow, tmp_path)
+    if not num_readings:
+        monkeypatch.setattr("engine.auto_pipeline.CALIBRATION_SECONDS", 0.0)
     pipeline.warm_up()
-    assert {batch for batch, _, _ in slow.asked} == {12}  # one batch is begun, and ended
-    assert pipeline.statistics.choices[8] == NOT_TIMED
+    assert len(slow.asked) == num_readings
+    in_order = [(batch, context) for batch in (12, 8, 4) for context in (16, LONGEST)]
+    known = in_order[: num_readings // 12]
+    choices = pipeline.statistics.choices
+    assert choices[4] == NOT_TIMED
+    if (12, LONGEST) in known:
+        assert choices[12] == "40:92 at 16-72 tokens (up to 1.20x), else serial"
+        assert choices[8] == NOT_TIMED
+    elif known:
+        wanted = "40:92 at 16-18 tokens (up to 1.20x), else serial; not all is timed from 64 tokens"
+        assert choices[12] == f"{wanted} on: {TIME_WAS_UP}"
+    else:
+        assert choices[12] == NOT_TIMED and pipeline.statistics.why_none == f"auto: {TIME_WAS_UP}"
+    assert not pipeline.block_table.any()
     again = Machine({"40:92": 1.2})
+    monkeypatch.undo()
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
     auto_of(decoder, again, tmp_path).warm_up()
-    assert {batch for batch, _, _ in again.asked} == {4, 8}
+    assert again.read() == set(in_order) - set(known)
+    last = Machine()
+    auto_of(decoder, last, tmp_path).warm_up()
+    assert not last.asked
+
+
+def test_the_most_promising_batches_come_first(decoder, tmp_path):
+    class Small(AnythingGoes):
+        """Batches of 8 have the most to win."""
+
+        def gain(self, batch, context, split) -> float:
+            return 1.5 if batch == 8 else 1.2
+
+    machine = Machine()
+    auto_of(decoder, machine, tmp_path, model=Small(**vars(CHEAP_READS))).warm_up()
+    assert list(dict.fromkeys(batch for batch, _, _ in machine.asked)) == [8, 12, 4]
+
+
+def test_a_larger_pool_is_timed_where_a_smaller_one_had_no_room(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
+
+    def start(tokens_each: int) -> Machine:
+        machine = Machine({"40:92": 1.3})
+        pool = random_cache(decoder, MAX_NUM_SEQS * tokens_each, 4, 0)
+        pipeline = auto_of(decoder, machine, tmp_path, kv_cache=pool)
+        pipeline.warm_up()
+        longest = min(tokens_each, LONGEST)
+        assert pipeline.choices[12][-1].high >= longest
+        return machine
+
+    assert {c for b, c in start(16).read() if b == 12} == {8, 16}
+    assert {c for b, c in start(LONGEST).read() if b == 12} == {32, LONGEST}
+    assert not start(LONGEST).asked
+    assert not start(60).asked, "what lies between two readings is known, and nearly the end"
 
 
 def test_what_arithmetic_rules_out_costs_nothing(decoder, tmp_path):
@@ -217,20 +302,143 @@ def test_what_arithmetic_rules_out_costs_nothing(decoder, tmp_path):
     assert f"auto, 4-12 requests: {NOT_WORTH_IT}" in text
 
 
-def test_a_split_that_cannot_be_had_is_left_out(decoder, tmp_path):
-    machine = Machine(fails=frozenset({"40:92"}))
+def test_a_split_that_cannot_be_had_is_timed_once_it_can(decoder, tmp_path):
+    """The others' times are kept; its own count beside the serial ones of that start."""
+    machine = Machine({"56:76": 1.2}, fails=frozenset({"40:92"}))
     pipeline = auto_of(decoder, machine, tmp_path)
     pipeline.warm_up()
     assert {mode for _, _, mode in machine.asked} == {"serial", "56:76", "72:60"}
-    assert not list(tmp_path.iterdir())  # the next start may have it
+    assert list(pipeline.streams) == ["56:76"] and machine.num_made["40:92"] == 1
+    again = Machine(fails=frozenset({"40:92"}))
+    auto_of(decoder, again, tmp_path).warm_up()
+    assert not again.asked
+    there = Machine({"40:92": 1.3}, ms=20.0)  # clocks at half their rate
+    pipeline = auto_of(decoder, there, tmp_path)
+    pipeline.warm_up()
+    assert {mode for _, _, mode in there.asked} == {"serial", "40:92"}
+    assert list(pipeline.streams) == ["40:92"]
+    assert pipeline.choices[12][0].speedup == pytest.approx(1.3)
+    last = Machine()
+    auto_of(decoder, last, tmp_path).warm_up()
+    assert not last.asked
+
+
+def test_what_lost_and_what_could_not_be_had_are_both_said(decoder, tmp_path):
+    machine = Machine({"56:76": 0.8, "72:60": 0.9}, fails=frozenset({"40:92"}))
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline.warm_up()
+    lost, failed = pipeline.statistics.why_none.split("; ")
+    assert lost == "auto: serial is faster than 56:76, 72:60 for every batch"
+    assert failed.startswith("no 40:92: cuGreenCtxCreate failed with out of memory (2)")
+    nothing = Machine(fails=frozenset({"40:92", "56:76", "72:60"}))
+    pipeline = auto_of(decoder, nothing, tmp_path / "other")
+    pipeline.warm_up()
+    assert pipeline.statistics.why_none.count("cuGreenCtxCreate failed") == 3
+    assert "faster" not in pipeline.statistics.why_none
+    assert pipeline.statistics.choices[12] == "serial: nothing was timed"
+
+
+@pytest.mark.parametrize("num_steps", [0, 0.3, 1, 2.5, 6])
+def test_a_split_whose_step_fails_is_left_out(decoder, tmp_path, num_steps):
+    """In its first step, in the middle of a reading, after it was read of another batch."""
+    machine = Machine({"40:92": 1.3, "56:76": 1.2})
+    pipeline = auto_of(decoder, machine, tmp_path)
+    machine.broken["40:92"] = int(num_steps * len(pipeline.schedule))
+    pipeline = warmed_up(pipeline)
+    assert list(pipeline.streams) == ["56:76"]
+    assert {mode for _, _, mode in machine.asked} >= {"serial", "56:76", "72:60"}
+    assert {name for name, split in machine.made.items() if split.is_closed} == {"40:92", "72:60"}
+    assert machine.num_made["40:92"] == 1
+    assert not pipeline.block_table.any()
+    steps = Steps(pipeline, [20] * 6, 0)
+    serial = Steps(DecodeWorker(**worker_options(decoder, 0, MAX_NUM_SEQS)), [20] * 6, 0)
+    assert steps.step() == serial.step()
+    pipeline.close()
+    again = Machine({"40:92": 1.3})
+    auto_of(decoder, again, tmp_path).warm_up()
+    assert {mode for _, _, mode in again.asked} <= {"serial", "40:92"}
+
+
+def test_a_split_that_fails_once_it_was_chosen_leaves_its_steps_to_the_next_best(decoder, tmp_path):
+    """As a capture that finds no memory, of times that an earlier start has read."""
+    speedups = {"40:92": 1.3, "56:76": 1.2}
+    auto_of(decoder, Machine(speedups), tmp_path).warm_up()
+    machine = Machine(broken={"40:92": 0})
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline.warm_up()
+    assert not machine.asked and list(pipeline.streams) == ["56:76"]
+    assert machine.made["40:92"].is_closed and not machine.made["56:76"].is_closed
+    assert pipeline.statistics.choices[12].startswith("56:76")
+    none_left = Machine(broken=dict.fromkeys(speedups, 0))
+    pipeline = auto_of(decoder, none_left, tmp_path)
+    pipeline.warm_up()
+    assert not pipeline.streams
+    why_none = "no 40:92: RuntimeError: CUDA error: operation not permitted; no 56:76: RuntimeError"
+    assert why_none in pipeline.statistics.why_none
+
+
+def test_a_serial_step_that_fails_is_an_error(decoder, tmp_path):
+    machine = Machine()
+    pipeline = auto_of(decoder, machine, tmp_path)
+
+    def fail(size: int) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    pipeline._step = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipeline.warm_up()
+    pipeline.close()
+    assert machine.made and all(split.is_closed for split in machine.made.values())
+
+
+def test_trials_read_values_and_mixed_tokens(decoder, tmp_path):
+    """Whatever the pool had in it before: what was never written may be NaN."""
+    tables = []
+    machine = Machine()
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline.kv_cache.blocks.fill_(torch.nan)
+
+    def watch(mode: str) -> None:
+        assert pipeline.buffers.logits[:4].isfinite().all()
+        tables.append(pipeline.block_table[:4, : LONGEST // 4].clone())
+
+    machine.watch = watch
+    pipeline.warm_up()
+    blocks = pipeline.kv_cache.blocks[tables[0].long()]
+    assert blocks.mean().abs() < 0.1 and 0.9 < blocks.std() < 1.1
+    assert tables[0].unique().numel() == tables[0].numel(), "each request has blocks of its own"
+    with pipeline._requests_of(12, 8):
+        token_ids = pipeline.token_ids[:12].tolist()
+    assert len(set(token_ids)) > 6 and max(token_ids) < decoder.config.vocab_size
 
 
 def test_a_calibration_leaves_nothing_behind(decoder, tmp_path):
     pipeline = auto_of(decoder, Machine(), tmp_path)
+    pipeline._fill_cache()
+    filled = pipeline.kv_cache.blocks.clone()
     pipeline.warm_up()
     assert not pipeline.block_table.any() and not pipeline.token_ids[:-1].any()
-    assert not pipeline.kv_cache.blocks.any()  # no step stored a k or v
+    assert torch.equal(pipeline.kv_cache.blocks, filled)  # no step stored a k or v
     assert not pipeline.statistics.num_steps
+
+
+def test_steps_do_not_depend_on_what_a_calibration_left_in_the_pool(decoder, tmp_path, monkeypatch):
+    """Whoever serves requests has written what they read; all else may be poison, as it was."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    machine = Machine({"40:92": 1.3})
+    pipeline = auto_of(decoder, machine, tmp_path)
+    written = pipeline.kv_cache.blocks.clone()
+    pipeline.warm_up()
+    steps, poisoned = Steps(pipeline, [20] * 6, 0), auto_of(decoder, machine, tmp_path)
+    poisoned.warm_up()
+    poisoned.kv_cache.blocks.fill_(torch.nan)
+    after_poison = Steps(poisoned, [20] * 6, 0)
+    used = torch.tensor(sorted({block for table in steps.tables.values() for block in table}))
+    for some in (pipeline, poisoned):
+        some.kv_cache.blocks[used] = written[used]
+    assert steps.tables == after_poison.tables
+    assert steps.step() == after_poison.step()
+    assert set(pipeline.statistics.num_steps) == {"40:92"}
 
 
 @pytest.mark.parametrize(

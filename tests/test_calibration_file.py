@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.calibration_file import CalibrationFile, digest_of_sources
+from engine.calibration_file import ROOT, SOURCES, CalibrationFile, digest_of_sources
 
 SETTING = {"gpu": "NVIDIA H200", "model": {"num_layers": 36}, "max_model_len": 4096}
 READINGS = {512: {128: {}, 256: {"serial": 2.0, "48:84": 1.5}}, 1024: {}}
@@ -79,10 +79,19 @@ def test_a_folder_that_cannot_be_written_costs_a_line_of_log(tmp_path, caplog):
 
 def test_the_digest_is_of_the_sources(tmp_path):
     assert digest_of_sources() == digest_of_sources() != digest_of_sources(tmp_path)
-    for name in ("kernels", "engine"):
+    for name in ("kernels", "engine", "green"):
         (tmp_path / name).mkdir()
-    found = set()
-    for name in ("kernels/a.py", "kernels/tiles.json", "engine/stage_a.py", "engine/llm.py"):
+    names = ["kernels/a.py", "kernels/tiles.json", "engine/stage_a.py", "green/streams.py"]
+    names += [f"engine/{name}.py" for name in ("decode", "graphs", "pipeline", "trial_steps")]
+    names += [f"engine/{name}.py" for name in ("step_model", "device_rates", "auto_pipeline")]
+    found = {digest_of_sources(tmp_path)}
+    for name in names:
         (tmp_path / name).write_text("1")
         found.add(digest_of_sources(tmp_path))
-    assert len(found) == 3  # llm.py has no say in how long a step takes
+    assert len(found) == 1 + len(names)
+    (tmp_path / "engine/llm.py").write_text("1")  # has no say in how long a step takes
+    assert digest_of_sources(tmp_path) in found
+
+
+def test_there_are_files_of_all_sources():
+    assert all(any(ROOT.glob(pattern)) for pattern in SOURCES)

@@ -1,7 +1,9 @@
 """decode_pipeline="auto" on a GPU: real clocks, real partitions, real times."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -32,41 +34,83 @@ def test_rates_are_those_of_the_machine():
     assert 16 < rates.bytes_per_ms / rates.sm_bytes_per_ms < 80  # SMs that saturate the memory
 
 
-def test_a_calibration_times_what_it_is_given(tmp_path):
-    folder = write_config("Qwen3-0.6B", tmp_path / "model", num_hidden_layers=3)
-    config = ModelConfig.from_folder(folder)
-    weights = dummy_weights(config, device=DEVICE, dtype=torch.bfloat16, seed=0)
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_stream_of_its_own() -> Iterator[None]:
+    """As the engine: a capture needs one."""
     stream = torch.cuda.Stream(DEVICE)
     with torch.inference_mode(), torch.cuda.device(DEVICE), torch.cuda.stream(stream):
-        decoder = Decoder(config, weights, 1024, kernels)
-        pool = torch.cuda.graph_pool_handle()
-        shape = {"block_size": 16, "max_model_len": 1024, "graph_pool": pool}
-        options = worker_options(decoder, 0, 64, **shape)
-        file = CalibrationFile(tmp_path, {"gpu": "this one"})
-        pipeline = AutoPipeline(
-            **options,
-            model=ANYTHING,
-            splits=SPLITS,
-            make_streams=partial(GpuStreams.partitioned, device=DEVICE),
-            file=file,
-            min_requests=40,
-        )
-        start = time.perf_counter()
-        pipeline.warm_up()
-        assert time.perf_counter() - start < 60
-        readings = file.read()
-        assert sorted(readings) == [b for b in pipeline.buckets if b >= 40]
-        modes = {"serial", "48:84", "64:68"}
-        assert all(set(ms) == modes for read in readings.values() for ms in read.values())
-        longest = readings[64][1024]
-        assert longest["serial"] > readings[64][128]["serial"]
-        # a step takes at least as long as its keys and values take to be read at 8 TB/s
-        num_bytes = 64 * 1024 * config.kv_bytes_per_token(2)
-        assert min(longest.values()) > num_bytes / 8e9
-        steps = Steps(pipeline, [200] * 50, 0)
-        assert len(steps.step()[0]) == 50
-        pipeline.print_pipeline_statistics()
-        pipeline.close()
+        yield
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Decoder:
+    """Qwen3-0.6B with three layers."""
+    folder = write_config("Qwen3-0.6B", tmp_path_factory.mktemp("qwen3"), num_hidden_layers=3)
+    config = ModelConfig.from_folder(folder)
+    weights = dummy_weights(config, device=DEVICE, dtype=torch.bfloat16, seed=0)
+    return Decoder(config, weights, 1024, kernels)
+
+
+def pipeline_of(decoder: Decoder, file: CalibrationFile, make_streams: Any) -> AutoPipeline:
+    shape = {"block_size": 16, "max_model_len": 1024}
+    pool = torch.cuda.graph_pool_handle()
+    return AutoPipeline(
+        **worker_options(decoder, 0, 64, **shape, graph_pool=pool),
+        model=ANYTHING,
+        splits=SPLITS,
+        make_streams=make_streams,
+        file=file,
+        min_requests=40,
+    )
+
+
+def test_a_calibration_times_what_it_is_given(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.auto_pipeline.CALIBRATION_SECONDS", 60.0)  # kernels are compiled
+    file = CalibrationFile(tmp_path, {"gpu": "this one"})
+    pipeline = pipeline_of(decoder, file, partial(GpuStreams.partitioned, device=DEVICE))
+    start = time.perf_counter()
+    pipeline.warm_up()
+    assert pipeline.calibration_s <= time.perf_counter() - start < 80
+    readings = file.read()
+    assert sorted(readings) == [b for b in pipeline.buckets if b >= 40]
+    modes = {"serial", "48:84", "64:68"}
+    assert all(set(ms) == modes for read in readings.values() for ms in read.values())
+    longest = readings[64][1024]
+    assert longest["serial"] > readings[64][128]["serial"]
+    # a step takes at least as long as its keys and values take to be read at 8 TB/s
+    num_bytes = 64 * 1024 * decoder.config.kv_bytes_per_token(2)
+    assert min(longest.values()) > num_bytes / 8e9
+    steps = Steps(pipeline, [200] * 50, 0)
+    assert len(steps.step()[0]) == 50
+    pipeline.print_pipeline_statistics()
+    pipeline.close()
+
+
+@pytest.mark.parametrize("num_good", [0, 7], ids=["first launch", "between the stages"])
+def test_a_capture_that_fails_costs_its_split_alone(decoder, tmp_path, monkeypatch, num_good):
+    """With work on other streams that nothing joins, too: torch then ends no capture by itself."""
+    monkeypatch.setattr("engine.auto_pipeline.CALIBRATION_SECONDS", 60.0)
+
+    def make_streams(split) -> GpuStreams:
+        streams = GpuStreams.partitioned(split, DEVICE)
+        if split == SPLITS[0]:
+            streams.run = partial(fail_in_capture, streams, iter(range(num_good)))
+        return streams
+
+    def fail_in_capture(streams, left, launch, work) -> None:
+        if torch.cuda.is_current_stream_capturing() and next(left, None) is None:
+            raise RuntimeError("no memory is left")
+        GpuStreams.run(streams, launch, work)
+
+    file = CalibrationFile(tmp_path, {"gpu": "this one"})
+    pipeline = pipeline_of(decoder, file, make_streams)
+    pipeline.warm_up()
+    modes = {"serial", "64:68"}
+    assert all(set(ms) == modes for read in file.read().values() for ms in read.values())
+    assert "48:84" not in pipeline.streams
+    steps = Steps(pipeline, [200] * 50, 0)
+    assert len(steps.step()[0]) == 50
+    pipeline.close()
 
 
 def test_an_llm_starts_at_once_where_nothing_can_win(tmp_path, monkeypatch):

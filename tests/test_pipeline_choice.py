@@ -1,61 +1,73 @@
-"""The rule of `auto`: where to pipeline, given times; never much slower than serial."""
-
-from itertools import pairwise
+"""The rule of `auto`: where to pipeline, given times; never much slower than the best of them."""
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.pipeline_choice import CONTEXTS, Choice, choose, contexts_up_to, mode_at, why
-from engine.step_model import MARGIN
+from engine.pipeline_choice import (
+    CONTEXTS,
+    MARGIN,
+    REACH,
+    Choice,
+    choose,
+    contexts_up_to,
+    mode_at,
+    not_read,
+    why,
+)
 
 MODES = ("serial", "40:92", "48:84", "56:76")
 times = st.floats(0.1, 100)
 all_times = st.fixed_dictionaries(dict.fromkeys(MODES, times))
-some_times = st.one_of(st.just({}), all_times)
+# times near each other, where the rule has to tell them apart
+near_times = st.fixed_dictionaries(dict.fromkeys(MODES, st.floats(9.5, 10.5)))
+some_times = st.one_of(st.just({}), all_times, near_times)
 readings = st.dictionaries(st.sampled_from(CONTEXTS), some_times, max_size=len(CONTEXTS))
+EVEN = dict.fromkeys(MODES, 1.0)
 
 
-@given(readings)
-@example({128: dict.fromkeys(MODES, 1.0), 256: dict.fromkeys(MODES, 1.0)})
-def test_a_choice_beats_serial_at_both_of_its_ends(read):
-    contexts = sorted(read)
-    for choice in choose(read):
-        assert contexts.index(choice.high) == contexts.index(choice.low) + 1
-        for context in (choice.low, choice.high):
-            gain = read[context]["serial"] / read[context][choice.mode]
-            assert gain >= choice.speedup >= 1 + MARGIN
-        for mode in MODES[1:]:  # and no other split does so by more
-            ends = (read[choice.low], read[choice.high])
-            assert min(ms["serial"] / ms[mode] for ms in ends) <= choice.speedup
+def chosen(read, context: float) -> str:
+    return mode_at(choose(read), 1, context)
 
 
-@given(readings)
-def test_where_one_wins_at_two_contexts_in_a_row_it_is_chosen(read):
-    contexts = sorted(read)
-    for low, high in pairwise(contexts):
-        ends = (read[low], read[high])
-        wins = [
-            mode
-            for mode in MODES[1:]
-            if all(ms and ms["serial"] / ms[mode] >= 1 + MARGIN for ms in ends)
-        ]
-        assert (low in {choice.low for choice in choose(read)}) == bool(wins)
+def between(read, context: float) -> dict[str, float]:
+    """What straight lines between the two contexts around this one say."""
+    low = max(c for c in read if c <= context)
+    high = min(c for c in read if c >= context)
+    share = (context - low) / (high - low or 1)
+    return {m: read[low][m] * (1 - share) + read[high][m] * share for m in read[low]}
 
 
 @given(
-    true=st.dictionaries(st.sampled_from(CONTEXTS), all_times, min_size=2, max_size=4),
-    errors=st.lists(st.floats(-0.024, 0.024), min_size=16, max_size=16),
+    read=st.dictionaries(
+        st.sampled_from(CONTEXTS), st.one_of(all_times, near_times), min_size=1, max_size=4
+    ),
+    share=st.floats(0, 1),
+)
+@example({128: EVEN, 256: EVEN}, 0.5)
+def test_nothing_loses_more_than_the_margin(read, share):
+    """At the contexts that were read, and between them by lines; no split for less than it."""
+    for context in (*read, min(read) + (max(read) - min(read)) * share):
+        ms = between(read, context)
+        mode = chosen(read, context)
+        assert ms[mode] <= min(ms.values()) * (1 + MARGIN + 1e-9)
+        assert ms[mode] <= ms["serial"] * (1 if mode == "serial" else (1 + 1e-9) / (1 + MARGIN))
+
+
+@given(
+    true=st.dictionaries(st.sampled_from(CONTEXTS), near_times, min_size=1, max_size=4),
+    errors=st.lists(st.floats(-0.0049, 0.0049), min_size=16, max_size=16),
     num_requests=st.integers(1, 64),
     data=st.data(),
 )
 def test_readings_that_are_off_cost_two_percent_at_most(true, errors, num_requests, data):
-    """Readings within 2.4 % of the truth: what is chosen is never 2 % slower than serial."""
+    """Readings within 0.5 % of the truth, so that two scatter by 1 %: what is chosen is never 2 %
+    slower than the best, whichever it is."""
     left = iter(errors)
     read = {c: {m: t * (1 + next(left)) for m, t in ms.items()} for c, ms in true.items()}
     context = data.draw(st.sampled_from(sorted(true)))
     mode = mode_at(choose(read), num_requests, num_requests * context)
-    assert true[context][mode] <= 1.02 * true[context]["serial"]
+    assert true[context][mode] <= 1.02 * min(true[context].values())
 
 
 @given(readings, st.integers(1, 512), st.integers(1, 10_000))
@@ -64,8 +76,51 @@ def test_outside_of_what_was_read_a_step_is_serial(read, num_requests, context):
     mode = mode_at(choices, num_requests, num_requests * context)
     if mode != "serial":
         assert any(c.low <= context <= c.high and c.mode == mode for c in choices)
-    if not read or not min(read) <= context <= max(read):
+    if not read or not min(read) <= context <= max(read) * REACH:
         assert mode == "serial"
+
+
+@given(readings)
+def test_choices_rise_and_lie_between_what_was_read(read):
+    choices = choose(read)
+    ends = [end for choice in choices for end in (choice.low, choice.high)]
+    assert ends == sorted(ends)
+    for choice in choices:
+        assert choice.low < choice.high and choice.speedup >= (1 + MARGIN) * (1 - 1e-9)
+        inside = [c for c in read if choice.low <= c <= choice.high]
+        assert all(choice.mode in read[c] for c in inside)
+
+
+def test_a_split_that_wins_at_one_context_alone_is_taken_around_it():
+    """Up to where lines say that it no longer does."""
+    slow, fast = {"serial": 10.0, "48:84": 10.1}, {"serial": 10.0, "48:84": 8.9}
+    read = {256: slow, 512: fast, 1024: slow}
+    (choice,) = choose(read)
+    assert choice.mode == "48:84" and choice.speedup == pytest.approx(10 / 8.9)
+    share = (10.1 - 10 / 1.01) / 1.2  # of the way to 512, where it begins to win by the margin
+    assert choice.low == pytest.approx(256 + 256 * share)
+    assert choice.high == pytest.approx(1024 - 512 * share)
+    assert chosen(read, 512) == "48:84" and chosen(read, 260) == chosen(read, 1000) == "serial"
+
+
+def test_what_wins_between_two_contexts_needs_to_win_at_neither():
+    read = {
+        512: {"serial": 30.0, "40:92": 10.0, "48:84": 12.0, "56:76": 20.0},
+        1024: {"serial": 30.0, "40:92": 20.0, "48:84": 12.0, "56:76": 10.0},
+    }
+    assert [choice.mode for choice in choose(read)] == ["40:92", "48:84", "56:76"]
+
+
+def test_a_split_must_have_been_read_on_both_sides():
+    read = {256: {"serial": 10.0}, 512: {"serial": 10.0, "48:84": 5.0}, 1024: {}}
+    assert choose(read) == ()
+    assert why({256: {"serial": 10.0}}, ()) == "serial: nothing was timed"
+
+
+def test_the_longest_context_stands_for_those_that_are_little_longer():
+    read = {512: {"serial": 10.0, "48:84": 9.0}}
+    assert chosen(read, 512) == chosen(read, 576) == "48:84"
+    assert chosen(read, 511) == chosen(read, 577) == "serial"
 
 
 @given(st.integers(1, 20_000))
@@ -75,17 +130,42 @@ def test_contexts_end_with_the_longest(longest):
     assert set(found[:-1]) <= set(CONTEXTS)
 
 
-SLOW = {"serial": 10.0, "48:84": 9.9}
+@pytest.mark.parametrize(
+    ("longest", "known", "missing"),
+    [
+        (800, (256, 512, 800), ()),
+        (800, (256, 512, 790), ()),  # a pool that is a little larger
+        (800, (256, 512, 1024, 1500), ()),  # and one that is much smaller
+        (800, (256, 512), (800,)),
+        (800, (256, 480), (512, 800)),
+        (512, (256, 480), ()),
+        (512, (), (256, 512)),
+    ],
+)
+def test_what_readings_of_another_pool_cover(longest, known, missing):
+    read = {context: {"serial": 1.0, "48:84": 1.0} for context in known}
+    wanted = {context: ["48:84"] for context in (256, 512, longest)}
+    assert not_read(read, wanted) == {context: ["48:84"] for context in missing}
+    more = {context: [*modes, "56:76"] for context, modes in wanted.items()}
+    left = not_read(read, more)
+    assert left.keys() == more.keys() and all("56:76" in modes for modes in left.values())
+    assert not_read(read, dict.fromkeys(wanted, ())) == {}
+
+
+SLOW = {"serial": 10.0, "48:84": 9.95}
 FAST = {"serial": 11.0, "48:84": 10.0, "56:76": 9.9}
 
 
 def test_reasons():
     read = {128: {}, 256: SLOW, 512: FAST, 1024: FAST}
     choices = choose(read)
-    assert choices == (Choice(512, 1024, "56:76", pytest.approx(11 / 9.9)),)
-    assert why(read, choices) == "56:76 at 512-1024 tokens (1.11x), else serial"
-    del read[1024]
-    assert choose(read) == ()
-    wanted = "serial: no split won by 3% at two contexts in a row; the best was 56:76, 1.11x at 512"
-    assert why(read, ()).startswith(wanted)
+    (first, second) = choices
+    assert (first.mode, first.high) == ("48:84", 512)
+    assert second == Choice(512, 1024 * REACH, "56:76", pytest.approx(11 / 9.9))
+    wanted = "48:84 at 269-512 tokens (up to 1.10x), 56:76 at 512-1152 tokens (up to 1.11x), else"
+    assert why(read, choices) == f"{wanted} serial"
+    lost = {128: {}, 256: SLOW, 512: {"serial": 10.0, "56:76": 11.0}}
+    assert choose(lost) == ()
+    wanted = "serial: no split won by 1%; the best was 48:84, 1.01x at 256 tokens"
+    assert why(lost, ()) == wanted
     assert why({128: {}}, ()) == "serial: nothing was timed"

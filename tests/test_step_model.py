@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.device_rates import step_model
 from engine.stage_schedule import Placement
-from engine.step_model import MARGIN, MAX_CANDIDATES, MIN_DISTANCE, Rates, StepModel
+from engine.step_model import MAX_CANDIDATES, MIN_DISTANCE, WORTH_TIMING, Rates, StepModel
 from experiments.shapes import SHAPES
 from green.partition import legal_splits
 from models.config import ModelConfig
@@ -64,11 +64,21 @@ def test_candidates_are_few_apart_and_could_win(model, batch, some):
     for i, split in enumerate(found):
         assert any(model.could_win(batch, context, split) for context in some)
         assert all(abs(split[0] - other[0]) >= MIN_DISTANCE for other in found[:i])
-    gains = [
-        max(model.serial_ms(batch, c) / model.pipelined_ms(batch, c, split) for c in some)
-        for split in found
-    ]
-    assert gains == sorted(gains, reverse=True) and all(gain > 1 + 0.9 * MARGIN for gain in gains)
+    gains = [max(model.gain(batch, c, split) for c in some) for split in found]
+    assert gains == sorted(gains, reverse=True)
+    assert all(gain >= 1 + WORTH_TIMING for gain in gains)
+
+
+@given(model=models, batch=batches, some=st.sets(contexts, min_size=1, max_size=6))
+def test_splits_are_timed_where_they_could_win_and_next_to_it(model, batch, some):
+    rising = sorted(some)
+    found = model.worth_timing(batch, rising, SPLITS)
+    candidates = model.candidates(batch, rising, SPLITS)
+    assert list(found) == rising
+    for i, context in enumerate(rising):
+        around = rising[max(i - 1, 0) : i + 2]
+        wanted = [s for s in candidates if any(model.could_win(batch, c, s) for c in around)]
+        assert found[context] == wanted
 
 
 @pytest.mark.parametrize(
@@ -85,15 +95,14 @@ def test_the_best_cell_of_the_large_model():
     model = model_of("Qwen3-8B", H200)
     split = model.candidates(1024, [512], SPLITS)[0]
     assert 32 <= split[0] <= 64
-    gain = model.serial_ms(1024, 512) / model.pipelined_ms(1024, 512, split)
-    assert 1.25 < gain < 1.6
+    assert 1.25 < model.gain(1024, 512, split) < 1.6
     assert not model.candidates(64, [1024], SPLITS)
 
 
 def test_the_small_model_has_next_to_nothing_to_win():
     model = model_of("Qwen3-0.6B", H100)
     gains = [
-        model.serial_ms(b, c) / model.pipelined_ms(b, c, split)
+        model.gain(b, c, split)
         for b in (16, 256, 1024)
         for c in (128, 512, 1024)
         for split in SPLITS

@@ -1,0 +1,185 @@
+"""TrialSteps: a DecodePipeline that times steps of requests that do not exist, serial and on splits
+of the device."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from engine.micro_batches import cut, places
+from engine.pipeline import DecodePipeline
+from engine.pipeline_stats import SERIAL
+from engine.stage_streams import StageStreams
+from engine.step_model import Split
+from green.driver import GreenContextError
+
+# batch, tokens that each request holds, mode, and what launches the step -> ms of it
+TimeStep = Callable[[int, int, str, Callable[[], None]], float]
+ROUNDS = 3  # readings of each mode, in turn with the others': clocks drift
+READING_MS = 25.0
+
+
+class TimeIsUp(Exception):
+    """Timing took as long as it may."""
+
+
+def replay_ms(batch: int, context: int, mode: str, run: Callable[[], None]) -> float:
+    """Milliseconds of one launch, by events on the current stream; waits for them."""
+    num, step_ms = 1, 0.0
+    while num * step_ms < READING_MS:
+        if step_ms:  # of a single one: enough of them for a reading
+            num = round(READING_MS / step_ms) + 1
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(num):
+            run()
+        end.record()
+        end.synchronize()
+        step_ms = start.elapsed_time(end) / num
+        if num > 1:
+            break
+    return step_ms
+
+
+class TrialSteps(DecodePipeline):
+    """Splits go by their names, as "48:84", are made when they are first asked for and left out
+    once anything of them fails. Trials come before the first request and write over the pool."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        make_streams: Callable[[Split], StageStreams],
+        time_step: TimeStep = replay_ms,
+        clock: Callable[[], float] = time.perf_counter,
+        **options: Any,
+    ) -> None:
+        """make_streams: as GpuStreams.partitioned; clock: seconds; the rest as in
+        DecodePipeline."""
+        super().__init__(*arguments, streams=(), **options)
+        self._make_streams, self._time_step, self._clock = make_streams, time_step, clock
+        self._why_not: dict[str, str] = {}  # splits that could not be had, or whose steps failed
+
+    def _times(
+        self, batch: int, context: int, modes: Iterable[str], deadline: float
+    ) -> dict[str, float]:
+        """Milliseconds of the serial step and of each of these splits, medians of several rounds;
+        those that fail are left out. TimeIsUp where the clock passes the deadline."""
+        found = defaultdict(list)
+        with self._requests_of(batch, context):
+            for turn, mode in product(range(1 + ROUNDS), (SERIAL, *modes)):
+                if mode in self._why_not:
+                    continue
+                if self._clock() >= deadline:
+                    raise TimeIsUp
+                with self._left_out_on_error(mode):
+                    run = self._launcher(batch, context, self.streams.get(mode))
+                    if turn:
+                        found[mode].append(self._time_step(batch, context, mode, run))
+                    else:
+                        run()  # captures, where that is still to do
+        there = [mode for mode in found if mode not in self._why_not]
+        return {mode: statistics.median(found[mode]) for mode in there}
+
+    def _streams_of(self, mode: str) -> StageStreams | None:
+        """Of a split; None where it cannot be had."""
+        if mode not in self.streams and mode not in self._why_not:
+            with self._left_out_on_error(mode):
+                streams = self._make_streams(split_of(mode))
+                if streams.name == mode:
+                    self.streams[mode] = streams
+                else:
+                    self._why_not[mode] = f"{streams.name} was granted"
+                    streams.close()
+        return self.streams.get(mode)
+
+    @contextmanager
+    def _left_out_on_error(self, mode: str) -> Iterator[None]:
+        """Within, an error costs this split alone. Of the serial step it is raised: nothing else is
+        left."""
+        try:
+            yield
+        except Exception as error:  # of the driver, torch, Triton or its compiler
+            if mode == SERIAL:
+                raise
+            self._why_not[mode] = in_a_line(error)
+            if self.graphs.is_capturing:
+                # torch goes on recording to the pool of a capture that broke off, and lets no other
+                # begin there
+                self.graphs._pool = torch.cuda.graph_pool_handle()
+            with suppress(Exception):
+                self._drop(mode)
+
+    def _drop(self, mode: str) -> None:
+        """Give back a split's graphs, then its partition, where there is one."""
+        for kept in (self.graphs.captured, self._timed):
+            for key in [key for key in kept if isinstance(key, tuple) and key[0] == mode]:
+                del kept[key]
+        if mode in self.streams:
+            self.streams.pop(mode).close()
+
+    def _fill_cache(self) -> None:
+        """Values as a model's may be. Zeros take less power than those, which flatters what needs
+        more of it; and what was never written may be anything, NaN too."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        self.kv_cache.blocks.normal_(generator=generator)
+
+    @contextmanager
+    def _requests_of(self, batch: int, context: int) -> Iterator[None]:
+        """Tokens and block tables as if there were requests, over scattered blocks. Nobody has a
+        row yet."""
+        assert not len(self.rows), "trials must come before the first request"
+        num_blocks = -(-context // self.kv_cache.block_size)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(self.kv_cache.num_blocks, generator=generator)
+        blocks = order[: batch * num_blocks].view(batch, num_blocks)
+        self.block_table[:batch, :num_blocks] = blocks.to(self.device, torch.int32)
+        vocab_size = self.decoder.config.vocab_size
+        token_ids = torch.randint(vocab_size, (batch,), generator=generator)
+        self.token_ids[:batch] = token_ids.to(self.device)
+        try:
+            yield
+        finally:
+            self.block_table.zero_()
+            self.token_ids.zero_()
+
+    def _launcher(
+        self, batch: int, context: int, streams: StageStreams | None
+    ) -> Callable[[], None]:
+        """What runs such a step, its inputs uploaded. It stores no k and v: their slots are -1."""
+        rows: Sequence[int] = range(batch)
+        if streams is not None:
+            size = self._size_of(batch)
+            rows = places(cut([context] * batch, self.num_micro_batches), size)
+        columns: Mapping[str, Sequence[int]] = {
+            "rows": range(batch),
+            "positions": [context - 1] * batch,
+            "context_lens": [context] * batch,
+        }
+        self.inputs.upload(self._placed(columns, list(rows)), self._padding)
+        if streams is None:
+            return partial(self.graphs.run, self._bucket_of(batch), self._step)
+        return partial(self.graphs.run, (streams.name, size, 0), self._pipelined_step)
+
+
+def name_of(split: Split) -> str:
+    """The mode of its steps: "48:84"."""
+    return ":".join(map(str, split))
+
+
+def split_of(mode: str) -> Split:
+    """What has this name. ValueError where that is none of a split."""
+    attention, ffn = map(int, mode.split(":"))
+    return attention, ffn
+
+
+def in_a_line(error: Exception) -> str:
+    """What failed, in short: compilers and torch say more than a line."""
+    if isinstance(error, GreenContextError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
