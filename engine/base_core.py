@@ -1,5 +1,6 @@
 """What a core on one device and one on two have in common: tokens, ends and failures."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from engine.prefill import PrefillWorker
 from engine.request import FinishReason, Request
 from engine.stats import EngineStats
 from models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 # told of each new token; returns why the request ends, where its text says so
 OnToken = Callable[[Request, int], FinishReason | None]
@@ -28,6 +31,7 @@ class BaseCore(ABC):
         self.model_config = model_config
         self.stats = EngineStats()
         self._ended: list[Request] = []  # requests that the caller has not heard of yet
+        self._leftover = ""  # what of it is logged
 
     @property
     def is_idle(self) -> bool:
@@ -54,9 +58,25 @@ class BaseCore(ABC):
         finally:
             self.decode.close()
 
-    @abstractmethod
     def drain(self) -> None:
-        """Wait for what is in flight and drop it: nobody asks for it any more."""
+        """Wait for what is in flight and drop it: nobody asks for it any more.
+
+        All KV blocks are free behind it. What is not has leaked: that is logged, once, and the
+        engine goes on with the others.
+        """
+        self._drop_in_flight()
+        leftover = self._find_leftover()
+        if leftover and leftover != self._leftover:
+            logger.error("KV blocks are held though no request is left: %s", leftover)
+        self._leftover = leftover
+
+    @abstractmethod
+    def _drop_in_flight(self) -> None:
+        """Wait for it. Where that raises, a later call goes on behind it."""
+
+    @abstractmethod
+    def _find_leftover(self) -> str:
+        """Which KV blocks are held, in words; "" where none is. Cheap: no block is looked at."""
 
     @abstractmethod
     def assert_idle(self) -> None:
@@ -89,6 +109,8 @@ class BaseCore(ABC):
         self.scheduler.finish(request, reason)
         request.finished_time = time.perf_counter()
         self.stats.request_finished(request)
+        if self.is_idle:  # whoever ended it: after a cancelled one there may be no step to say so
+            self.stats.is_idle()
 
     def _warm_up(self, worker: PrefillWorker | DecodeWorker) -> None:
         """Capture its graphs, before the first request waits for them."""

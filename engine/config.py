@@ -76,6 +76,9 @@ class EngineConfig:
     prefill_kv_fraction: float = 0.25
     # prompts in the prefill pool, computed or not, and hand-overs in flight: prefill pauses there
     max_decode_backlog: int = 256
+    # output tokens that a prompt's decode blocks are promised for before it is computed: fewer let
+    # more requests in, and more of them are preempted and computed again where outputs get long
+    pd_growth_tokens: int = 256
     # how KV blocks are handed over: slab (whole, once a prompt is computed), push (by layers, while
     # it is) or auto (by the prompt's length)
     kv_handoff: str = "auto"
@@ -130,6 +133,7 @@ class EngineConfig:
         if share == 0:
             raise ValueError(f"prefill_kv_fraction must be a number in (0, 1], got {share!r}")
         check_int("max_decode_backlog", self.max_decode_backlog, 1)
+        check_int("pd_growth_tokens", self.pd_growth_tokens, 0)
         check_choice("kv_handoff", self.kv_handoff, ("auto", "push", "slab"))
         if not two:
             return

@@ -109,14 +109,14 @@ class Core(BaseCore):
             self.drain()
         return self.take_ended()
 
-    def drain(self) -> None:
-        """Wait for what is in flight and drop it: nobody asks for it any more."""
-        for launched in self._launched:
-            for results in launched:
+    def _drop_in_flight(self) -> None:
+        while self._launched:
+            for results in self._launched.popleft():
                 results.wait()
-        self._launched.clear()
-        self.stats.is_idle()
-        assert self.block_manager.is_idle, "KV blocks are held though no request is left"
+
+    def _find_leftover(self) -> str:
+        num_held = self.block_manager.num_blocks - self.block_manager.num_free_blocks
+        return f"{num_held} blocks" if num_held else ""
 
     def assert_idle(self) -> None:
         """Assert that every KV block is back; see the base."""

@@ -78,10 +78,8 @@ class HandoffQueue:
         for transfer in list(self._transfers):
             try:
                 is_done = all(copy.is_done for copy in transfer.copies)
-            except BaseException:  # a device that has failed: nothing of it runs on
-                self._transfers.remove(transfer)
-                for handoff in transfer.handoffs:
-                    self._scheduler.handoff_failed(handoff)
+            except BaseException:
+                self._fail(transfer)
                 raise
             if is_done:
                 is_over = True
@@ -91,9 +89,19 @@ class HandoffQueue:
     def wait(self) -> None:
         """Report them all, each as soon as its copies have ended."""
         for transfer in list(self._transfers):
-            for copy in transfer.copies:
-                copy.wait()
+            try:
+                for copy in transfer.copies:
+                    copy.wait()
+            except Exception:  # Ctrl-C is none of it: the copy still runs
+                self._fail(transfer)
+                raise
             self._end(transfer)
+
+    def _fail(self, transfer: _Transfer) -> None:
+        """Of a device that has failed: nothing of it runs on."""
+        self._transfers.remove(transfer)
+        for handoff in transfer.handoffs:
+            self._scheduler.handoff_failed(handoff)
 
     def _new(self, handoffs: Sequence[Handoff]) -> _Transfer:
         self._transfers.append(_Transfer(handoffs))

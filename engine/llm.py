@@ -105,14 +105,16 @@ class LLM:
         """End every request and free the device's memory. A second call does nothing."""
         if self._core is None:
             return
-        for job in list(self._jobs.values()):
-            self._drop(job)
-        self._core.close()
-        self._core = None
-        self._touched.clear()
-        gc.collect()  # a traceback that somebody kept may hold the core in a cycle
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        try:
+            for job in list(self._jobs.values()):
+                self._drop(job)
+            self._core.close()
+        finally:
+            self._core = None
+            self._touched.clear()
+            gc.collect()  # a traceback that somebody kept may hold the core in a cycle
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def generate(
         self,
@@ -314,10 +316,20 @@ class LLM:
         try:
             yield
         except BaseException:
-            for job in jobs if self._core is not None else ():
-                self._drop(job)
-            self._touched.pop(jobs[0].owner if jobs else None, None)
+            with deferred():
+                self._drop_all(jobs)
             raise
+
+    def _drop_all(self, jobs: Sequence[_Job]) -> None:
+        """Forget the requests of one call. Where no other is left, nobody may step any more: copies
+        of theirs that are in flight are waited for, or they would keep their blocks."""
+        self._touched.pop(jobs[0].owner if jobs else None, None)
+        if self._core is None:
+            return
+        for job in jobs:
+            self._drop(job)
+        if self._core.is_idle:
+            self._core.drain()
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

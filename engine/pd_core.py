@@ -5,7 +5,6 @@ results and copies that are there, launches what may be launched, and only where
 does it sleep until the first of them comes.
 """
 
-import logging
 import time
 import warnings
 from collections import deque
@@ -39,8 +38,6 @@ from engine.pd_scheduler import Handoff, PDScheduler
 from engine.prefill import PrefillWorker, all_token_buckets
 from engine.request import Request
 from models.config import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 # Of each kind: one that runs and one behind it, so that no device waits for the host. Of prefill
 # there may be one more, for which the host chooses its time, see `PDCore.step`.
@@ -147,6 +144,7 @@ class PDCore(BaseCore):
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_decode_backlog=config.max_decode_backlog,
+            growth_tokens=config.pd_growth_tokens,
             max_chunks=len(self.prefill.buffers.logits),
             push_tokens=PUSH_TOKENS[config.kv_handoff],
             on_release=self._released,
@@ -204,17 +202,14 @@ class PDCore(BaseCore):
         is_quiet = self._has_taken_tokens or has_tokens or not self._decodes
         return len(self._prefills) < MAX_LAUNCHES + is_quiet
 
-    def drain(self) -> None:
-        """Wait for what is in flight and drop it: nobody asks for it any more."""
+    def _drop_in_flight(self) -> None:
         for launches in (self._prefills, self._decodes):
-            for launched in launches:
-                launched.wait()
-            launches.clear()
+            while launches:
+                launches.popleft().wait()
         self.handoffs.wait()
-        self.stats.is_idle()
-        if leftover := self.leases.leftover():
-            logger.error("KV blocks are held though no request is left: %s", leftover)
-            raise AssertionError(f"KV blocks are held though no request is left: {leftover}")
+
+    def _find_leftover(self) -> str:
+        return self.leases.leftover()
 
     def assert_idle(self) -> None:
         """Assert that every KV block is back; see the base."""

@@ -42,6 +42,7 @@ BAD_OPTIONS = [
     ("prefill_kv_fraction", 0, "(0, 1]"),
     ("prefill_kv_fraction", 1.5, "(0, 1]"),
     ("max_decode_backlog", 0, ">= 1"),
+    ("pd_growth_tokens", -1, ">= 0"),
     ("kv_handoff", "pull", "one of auto, push, slab"),
     ("enable_decode_pipeline", 1, "True or False"),
     ("decode_pipeline", "dynamic", "one of auto, static, disabled"),

@@ -1,6 +1,7 @@
 """What fails for one request leaves the others, their text and their blocks alone."""
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from engine.request import Request, RequestState
 from engine.scheduler import Scheduler
 from tests.checkpoints import save_random, save_speaker
 from tests.test_detokenizer import ByteTokenizer
-from tests.test_llm import PIECES, greedy, small_llm
+from tests.test_llm import PIECES, fail, greedy, small_llm
 
 LONG, SHORT = greedy(60, ignore_eos=True), greedy(3, ignore_eos=True)
 MANY = 300  # steps, more than any request here takes
@@ -151,6 +152,62 @@ def test_a_launch_that_always_fails_stops_nobody_else(ids_folder, two):
         last = run(llm, RuntimeError)
         for request_id in (good, bad):
             assert len(last[request_id]["token_ids"]) == LONG.max_tokens
+
+
+def leaky_pool(llm: LLM) -> BlockManager:
+    """One block of the first pool is held by nobody that is known."""
+    pool = llm._core.pools[0]
+    assert pool.admit(77, [1, 2, 3]) == 0
+    return pool
+
+
+def test_a_leaked_block_is_named_once_and_costs_nobody_a_token(ids_folder, two, caplog):
+    with small_llm(ids_folder, enable_two_gpu_pd=two) as llm:
+        wanted = llm.generate([[4, 5, 6]], SHORT)[0]["token_ids"]
+        pool = leaky_pool(llm)
+        for _ in range(3):
+            assert llm.generate([[4, 5, 6]], SHORT)[0]["token_ids"] == wanted
+        request_id = llm.add_request([4, 5, 6], SHORT)
+        assert run(llm, AssertionError)[request_id]["token_ids"] == wanted
+        held = "KV blocks are held though no request is left: 1 "
+        assert [held in record.getMessage() for record in caplog.records] == [True]
+        assert pool.grow(77, 20)
+        llm.generate([[4, 5, 6]], SHORT)
+        assert len(caplog.records) == 2, "one more has leaked"
+        with pytest.raises(AssertionError):
+            llm._core.assert_idle()
+        pool.release(77)
+
+
+def test_exit_goes_through_whatever_has_leaked(ids_folder, two):
+    llm = LLM(ids_folder, device="cpu", num_kv_blocks=64, enable_two_gpu_pd=two)
+    leaky_pool(llm)
+    llm.exit()
+    llm.exit()
+    assert llm._core is None
+
+
+def test_exit_that_fails_is_an_exit_all_the_same(ids_folder, two, monkeypatch):
+    llm = LLM(ids_folder, device="cpu", num_kv_blocks=64, enable_two_gpu_pd=two)
+    llm.add_request([1, 2, 3], LONG)
+    llm.step()
+    monkeypatch.setattr(llm._core, "_drop_in_flight", failing(None))
+    with pytest.raises(UnicodeError):
+        llm.exit()
+    assert llm._core is None
+    llm.exit()
+
+
+def test_what_fails_while_it_is_waited_for_is_waited_for_once(ids_folder, two):
+    with small_llm(ids_folder, enable_two_gpu_pd=two) as llm:
+        broken = SimpleNamespace(wait=fail(RuntimeError("device failed")))
+        if two:
+            llm._core._decodes.append(broken)
+        else:
+            llm._core._launched.append([broken])
+        with pytest.raises(RuntimeError, match="device failed"):
+            llm._core.drain()
+        llm.generate([[4, 5, 6]], SHORT)
 
 
 def steps_until_admitted(requests: list[Request], num_blocks: int) -> list[int]:

@@ -16,9 +16,18 @@ from hypothesis import strategies as st
 from engine import LLM
 from engine.batch import Launched
 from engine.request import Request, RequestState
-from tests.checkpoints import save_random
+from tests.checkpoints import save_random, save_speaker
 from tests.late_link import LateLink, at_random, put_late_links
-from tests.test_llm import assert_idle, fail, greedy, on_call, run_all, small_llm, token_ids
+from tests.test_llm import (
+    PIECES,
+    assert_idle,
+    fail,
+    greedy,
+    on_call,
+    run_all,
+    small_llm,
+    token_ids,
+)
 
 WAYS = ["slab", "push"]
 SIZES = {"block_size": 4, "num_kv_blocks": 40, "max_num_seqs": 4, "max_decode_backlog": 4}
@@ -81,6 +90,7 @@ def late_results(patch: pytest.MonkeyPatch, seed: int) -> None:
     enable_prefix_caching=st.booleans(),
     num_kv_blocks=st.integers(12, 30),
     max_num_batched_tokens=st.sampled_from([5, 20, 64]),
+    pd_growth_tokens=st.sampled_from([0, 3, 256]),
     aborts=st.booleans(),
 )
 def test_tokens_do_not_depend_on_when_copies_and_results_come(
@@ -104,6 +114,30 @@ def test_tokens_do_not_depend_on_when_copies_and_results_come(
         found, wanted = last[request_id]["token_ids"], alone(prompt, n)
         assert found == wanted[: len(found)]
         assert aborts or len(found) == n
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_tokens_are_the_same_where_pressure_preempts(
+    folder, alone, kv_handoff, enable_prefix_caching, seed, monkeypatch
+):
+    """No output is promised blocks: requests outgrow the pool, and begin again."""
+    options = {"kv_handoff": kv_handoff, "enable_prefix_caching": enable_prefix_caching}
+    prompts = prompts_of(8, seed, longest=12)
+    late_results(monkeypatch, seed)
+    with late_llm(folder, at_random(seed), num_kv_blocks=12, pd_growth_tokens=0, **options) as llm:
+        ids = [llm.add_request(prompt, greedy(24, ignore_eos=True)) for prompt in prompts]
+        last = finish(llm)
+        assert llm.stats()["num_preemptions"] > 0
+    assert [last[i]["token_ids"] for i in ids] == [alone(prompt, 24) for prompt in prompts]
+
+
+def test_growth_tokens_are_an_option(folder):
+    for options, wanted in (({}, 256), ({"pd_growth_tokens": 0}, 0)):
+        with late_llm(folder, **options) as llm:
+            assert llm._core.scheduler.growth_tokens == wanted
+    with pytest.raises(ValueError, match="pd_growth_tokens must be an integer >= 0, got -1"):
+        LLM(folder, device="cpu", pd_growth_tokens=-1)
 
 
 def ended(outputs: list[dict]) -> dict[int, dict]:
@@ -277,6 +311,70 @@ def test_exit_in_any_state_waits_for_copies(folder, state):
         llm._core = core  # for the check at the end
 
 
+def assert_is_free(llm: LLM) -> None:
+    """Every block is, though nobody steps."""
+    assert llm.is_finished() and not len(llm._core.handoffs)
+    llm._core.assert_idle()
+
+
+def test_a_stream_closed_while_its_blocks_are_copied_gives_them_back(tmp_path, kv_handoff):
+    save_speaker(tmp_path, PIECES)
+    with late_llm(tmp_path, kv_handoff=kv_handoff) as llm:
+        pieces = llm.stream([0], greedy())
+        next(pieces)
+        (job,) = llm._jobs.values()
+        while job.request.state is not RequestState.COPYING:
+            llm.step()
+        pieces.close()
+        assert_is_free(llm)
+
+
+def test_a_stream_closed_beside_others_waits_for_no_copy(folder, kv_handoff):
+    with late_llm(folder, kv_handoff=kv_handoff) as llm:
+        jobs = [llm._job([5 + i] * 9, greedy(30), object(), is_live=True) for i in range(2)]
+        for job in jobs:
+            llm._start(job)
+        while any(job.request.state is not RequestState.COPYING for job in jobs):
+            llm.step()
+        llm._drop_all(jobs[:1])
+        assert llm.stats()["handoff"]["num_in_flight"] == 2
+        llm._drop_all(jobs[1:])
+        assert_is_free(llm)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_generate_that_fails_while_blocks_are_copied_gives_them_back(
+    folder, kv_handoff, error, monkeypatch
+):
+    with late_llm(folder, kv_handoff=kv_handoff) as llm:
+        step = llm._core.step
+
+        def failing(on_token):
+            states = [job.request.state for job in llm._jobs.values()]
+            if RequestState.COPYING in states:
+                raise error("no step")
+            return step(on_token)
+
+        monkeypatch.setattr(llm._core, "step", failing)
+        with pytest.raises(error, match="no step"):
+            llm.generate([[5] * 9, [6] * 7], greedy(30, ignore_eos=True))
+        assert_is_free(llm)
+
+
+@pytest.mark.parametrize("part", WAYS)
+def test_a_copy_that_fails_while_it_is_waited_for_holds_nothing(folder, alone, part, monkeypatch):
+    with late_llm(folder, kv_handoff=part) as llm:
+        request_id = to_state(llm, RequestState.COPYING)
+        llm.abort(request_id)
+        (transfer,) = llm._core.handoffs._transfers
+        monkeypatch.setattr(transfer.copies[0], "wait", fail(RuntimeError("device failed")))
+        with pytest.raises(RuntimeError, match="device failed"):
+            llm._core.drain()
+        llm._core.assert_idle()
+        others_are_right(llm, alone)
+        assert run_all(llm)[request_id]["finish_reason"] == "abort"
+
+
 def test_a_callback_that_fails_ends_its_own_request(folder, alone, kv_handoff, monkeypatch):
     with late_llm(folder, at_random(2), kv_handoff=kv_handoff) as llm:
         prompts = prompts_of(3, seed=4)
@@ -400,14 +498,3 @@ def fails_in(queue, error: Callable[[], None]) -> Callable[[Launched], bool]:
         return True
 
     return is_done
-
-
-def test_blocks_that_are_held_at_idle_are_named(folder, caplog):
-    with late_llm(folder, lambda: True) as llm:
-        leases = llm._core.leases
-        llm.generate([[3, 4, 5]], greedy(3))
-        leases.prefill.admit(77, [1, 2, 3])
-        with pytest.raises(AssertionError, match="1 prefill blocks held"):
-            llm.step()
-        assert "KV blocks are held though no request is left: 1 prefill" in caplog.text
-        leases.prefill.release(77)

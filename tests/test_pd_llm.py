@@ -193,6 +193,34 @@ def test_exit_frees_both_pools(bytes_folder, kv_handoff):
     assert test_llm.num_pools() == num_others
 
 
+FIRST_IS_LAST = [  # tokens of the prompt, which auto pushes from 128 on
+    ("slab", 200, False),
+    ("push", 9, True),
+    ("push", 200, True),
+    ("auto", 127, False),
+    ("auto", 200, True),
+]
+
+
+@pytest.mark.parametrize(("kv_handoff", "num_tokens", "is_pushed"), FIRST_IS_LAST)
+def test_a_first_token_that_ends_its_request_launches_no_decode(
+    bytes_folder, kv_handoff, num_tokens, is_pushed
+):
+    """Unless its layers were pushed as they were computed, nothing is sent either."""
+    prompt = list(b"x" * num_tokens)
+    sizes = {"num_kv_blocks": 200, "enable_prefix_caching": False}
+    with two_devices(bytes_folder, kv_handoff=kv_handoff, **sizes) as llm:
+        (first,) = llm.generate([prompt], greedy(1, ignore_eos=True))[0]["token_ids"]
+        core, blocks_sent = llm._core, count_blocks(llm)
+        with no_call(core.decode, "launch"), no_call(core.handoffs, "start"):
+            ended = greedy(20, ignore_eos=True, stop_token_ids=[first])
+            (output,) = llm.generate([prompt], ended)
+        assert (output["token_ids"], output["finish_reason"]) == ([first], "stop")
+        assert sum(blocks_sent) == (-(-num_tokens // 16) if is_pushed else 0)
+        core.assert_idle()  # the decode blocks that were written to included
+        assert len(core.handoffs) == 0
+
+
 def test_one_token_never_touches_the_decode_device(rambler):
     core = rambler._core
     with no_call(core.decode, "launch"), no_call(core.handoffs, "start"):

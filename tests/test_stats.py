@@ -1,6 +1,7 @@
 """Counters and percentiles, by themselves and as an LLM shows them."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -101,6 +102,28 @@ def test_utilisation_counts_while_there_are_requests(monkeypatch):
     shown = stats.as_dict()
     assert (shown["active_ms"], shown["decode_busy_ms"]) == pytest.approx((2000.0, 1000.0))
     assert shown["decode_utilisation"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one device", "two devices"])
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_cancelled_request_is_active_no_longer(tmp_path, how, two):
+    save_byte_model(tmp_path, "qwen3")
+    with small_llm(tmp_path, enable_two_gpu_pd=two) as llm:
+        if how == "close":
+            pieces = llm.stream("abc", greedy(50, ignore_eos=True))
+            next(pieces)
+            pieces.close()
+        else:
+            request_id = llm.add_request("abc", greedy(50, ignore_eos=True))
+            for _ in range(4):
+                llm.step()
+            llm.abort(request_id)
+        before = llm.stats()
+        time.sleep(0.01)
+        after = llm.stats()
+        assert after["active_ms"] == before["active_ms"] > 0
+        assert after["decode_utilisation"] == before["decode_utilisation"]
+        run_all(llm)
 
 
 def test_graphs_of_both_workers_are_counted():
