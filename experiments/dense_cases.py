@@ -50,12 +50,12 @@ class Mlp(Case):
 
     def build(self, device: torch.device, copies: int) -> Problem:
         draw, N, width = Draw(device, self.dtype), self.hidden, self.intermediate
-        x = [_top_of_buffer(draw, self.num_tokens, N) for _ in range(copies)]
+        x = [top_of_buffer(draw, self.num_tokens, N) for _ in range(copies)]
         gate_up = [draw.randn(2 * width, N, std=N**-0.5) for _ in range(copies)]
         # so that the MLP adds about as much as x: a small part of out could be wrong unseen
         down = [draw.randn(N, width, std=2 * width**-0.5) for _ in range(copies)]
         rstd = draw.empty(self.num_tokens, dtype=torch.float32)
-        act, out = _top_of_buffer(draw, self.num_tokens, width), draw.empty(self.num_tokens, N)
+        act, out = top_of_buffer(draw, self.num_tokens, width), draw.empty(self.num_tokens, N)
         scratch = {"rstd": rstd, "act": act, "workspace": kernels.matmul_workspace(device)}
 
         def ours(i: int, num_sms: int | None) -> None:
@@ -103,7 +103,7 @@ class Linear(Case):
 
     def build(self, device: torch.device, copies: int) -> Problem:
         draw, (M, N, K) = Draw(device, self.dtype), (self.num_tokens, self.width, self.depth)
-        x = [_top_of_buffer(draw, M, K) for _ in range(copies)]
+        x = [top_of_buffer(draw, M, K) for _ in range(copies)]
         weight = [draw.randn(N, K, std=K**-0.5) for _ in range(copies)]
         eps = EPS if self.has_norm else None
         residual = draw.randn(M, N) if self.has_residual else None
@@ -125,7 +125,7 @@ class Linear(Case):
         )
 
 
-def _top_of_buffer(draw: Draw, num_tokens: int, width: int) -> Tensor:
+def top_of_buffer(draw: Draw, num_tokens: int, width: int) -> Tensor:
     """[num_tokens, width] as an engine has it: the first rows of a buffer for more tokens."""
     return draw.randn(cdiv(num_tokens, TILE_ROWS) * TILE_ROWS, width)[:num_tokens]
 

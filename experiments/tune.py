@@ -3,38 +3,48 @@
     python -m experiments.tune --model Qwen3-8B --tokens 1 16 64 256 2048 --num-sms 0 64 96
 
 Every candidate is checked against the reference and timed as `experiments.timing` does, beside the
-launcher's own heuristic in the same run; a tile is written where it is faster by more than the
-spread of two readings, and an entry that is not worth it any more is dropped.
+launcher's own heuristic in the same run, with a workspace, so that tiles may be shared. An entry
+serves a bucket of tokens, such as 129 to 256: a tile is written where it is faster by more than the
+spread of two readings at two thirds of the bucket's tokens and at all of them. An entry that is not
+worth it any more is dropped.
 """
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import kernels
+from experiments.dense_cases import top_of_buffer
 from experiments.harness import table
 from experiments.kernel_case import BOUND, Draw, row_error
 from experiments.shapes import SHAPES
 from experiments.timing import Effort, copies_for, time_calls
-from kernels import Tile, gemv, reference
-from kernels.linear import is_for_tall
+from kernels import Tile, reference
 from kernels.tall_matmul import has_form
-from kernels.tall_plan import choose_plan, ring_tile
-from kernels.thin_matmul import choose_tile as choose_thin_tile
-from kernels.tile import device_sms
+from kernels.tall_plan import DEEP_STAGES, MAX_STAGES, TALL_BLOCK_M, ring_tile
+from kernels.tile import next_power_of_2
 from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_tiles
 
 EPS = 1e-6
 WORTH = 0.02  # of the heuristic's time: two readings of one tile differ by about that
 QUICK = Effort(graph_ms=1.0, reading_ms=20.0)
+# what launching a tile raises that is of another kernel's form, or too large for the GPU
+UNFIT = (CompilationError, OutOfResources, PTXASError, RuntimeError, ValueError)
+
+# (tile, ms) of each that runs; the first is None, the launcher's heuristic
+Readings = list[tuple[Tile | None, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,36 +77,33 @@ class Product:
     def flops(self) -> int:
         return 2 * self.num_tokens * self.rows * self.depth
 
-    def heuristic(self, num_sms: int) -> Tile:
-        """What the launcher takes where tiles.json holds nothing."""
-        if self.num_tokens == 1:
-            return gemv.choose_tile(self.depth, gated=self.kernel == "gate_up")
-        if self.dtype.itemsize == 2 and is_for_tall(self.num_tokens, self.width):
-            shape = self.num_tokens, self.width, self.depth
-            gated = self.kernel == "gate_up"
-            return choose_plan(*shape, num_sms, gated=gated, may_share=False).tile
-        return choose_thin_tile(self.num_tokens, self.width, self.dtype)
+    def ends(self) -> list["Product"]:
+        """This product at two thirds of its bucket's tokens and at all of them."""
+        most = next_power_of_2(self.num_tokens)
+        few = max(most * 2 // 3, most // 2 + 1)
+        return [replace(self, num_tokens=n) for n in dict.fromkeys((few, most))]
 
     def build(
         self, device: torch.device, num_sms: int | None
-    ) -> tuple[Callable[[int, Tile], Tensor], Tensor, int]:
+    ) -> tuple[Callable[[int, Tile | None], Tensor], Tensor, int]:
         """(run(copy, tile) -> out, what copy 0 is to give, copies to rotate over)."""
         copies = copies_for(self.rows * self.depth * self.dtype.itemsize)
         draw = Draw(device, self.dtype)
-        x = [draw.randn(self.num_tokens, self.depth) for _ in range(copies)]
+        x = [top_of_buffer(draw, self.num_tokens, self.depth) for _ in range(copies)]
         w = [draw.randn(self.rows, self.depth, std=self.depth**-0.5) for _ in range(copies)]
         residual = draw.randn(self.num_tokens, self.width) if self.has_residual else None
         out = draw.empty(self.num_tokens, self.width)
         rstd = draw.empty(self.num_tokens, dtype=torch.float32)
+        workspace = kernels.matmul_workspace(device)
         extra: dict[str, Any] = {"rms_eps": EPS}
         if self.kernel == "linear":
             extra = {"residual": residual} if self.has_residual else {"rms_eps": EPS}
         launcher, twin = getattr(kernels, self.kernel), getattr(reference, self.kernel)
 
-        def run(copy: int, tile: Tile) -> Tensor:
-            return launcher(
-                x[copy], w[copy], **extra, rstd=rstd, out=out, tile=tile, num_sms=num_sms
-            )
+        options = extra | {"rstd": rstd, "workspace": workspace, "num_sms": num_sms}
+
+        def run(copy: int, tile: Tile | None) -> Tensor:
+            return launcher(x[copy], w[copy], **options, out=out, tile=tile)
 
         return run, twin(x[0], w[0], **extra), copies
 
@@ -120,48 +127,75 @@ def products(model: str, num_tokens: int) -> list[Product]:
 
 def candidates(num_tokens: int) -> list[Tile]:
     """Tiles worth trying; those that do not fit a kernel or a GPU fail, and are passed over."""
-    if num_tokens > 64:
-        grid = itertools.product([False, True], [1, 2], [64, 128], [32, 64, 96, 128, 192, 256])
-        rings = [(ring_tile(c, rows, n, gated=gated), gated) for gated, c, rows, n in grid]
-        return list(dict.fromkeys(tile for tile, gated in rings if has_form(tile, gated=gated)))
+    if num_tokens > TALL_BLOCK_M:
+        return _rings([1, 2], [64, 128], [32, 64, 96, 128, 192, 256], [MAX_STAGES])
     if num_tokens == 1:
-        grid = itertools.product([1], [2, 4, 8], [512, 1024, 2048], [2, 4, 8], [2, 4])
-    else:
-        rows = [max(16, 1 << (num_tokens - 1).bit_length())]
-        grid = itertools.product(rows, [16, 32, 64], [64, 128, 256], [2, 4], [3, 4, 5, 6])
+        return _grid([1], [2, 4, 8], [512, 1024, 2048], [2, 4, 8], [2, 4])
+    rows = max(16, next_power_of_2(num_tokens))
+    thin = _grid([rows], [16, 32, 64], [64, 128, 256], [2, 4], [3, 4, 5, 6])
+    flat = _rings([1], [TALL_BLOCK_M], [32, 64, 96, 128], [MAX_STAGES, DEEP_STAGES])
+    return list(dict.fromkeys(thin + flat))
+
+
+def _grid(*sizes: list[int]) -> list[Tile]:
+    """Every tile of these BLOCK_M, BLOCK_N, BLOCK_K, warps and stages."""
     return [
         Tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in grid
+        for m, n, k, warps, stages in itertools.product(*sizes)
     ]
+
+
+def _rings(*sizes: list[int]) -> list[Tile]:
+    """Every tile of `tall_matmul` of these consumers, rows, columns and most stages."""
+    tiles = []
+    for gated, c, rows, n, stages in itertools.product([False, True], *sizes):
+        tile = ring_tile(c, rows, n, gated=gated, max_stages=stages)
+        if has_form(tile, gated=gated):
+            tiles.append(tile)
+    return list(dict.fromkeys(tiles))
 
 
 def sweep(
     product: Product, tiles: Iterable[Tile], device: torch.device, num_sms: int | None
-) -> list[tuple[Tile, float]]:
-    """(tile, ms) of every tile that runs, the heuristic's first. AssertionError: one is wrong."""
+) -> Readings:
+    """Readings of the heuristic and of every tile that runs. AssertionError: one is wrong."""
     run, expected, copies = product.build(device, num_sms)
 
-    def ms_of(tile: Tile) -> float:
+    def ms_of(tile: Tile | None) -> float:
         run(0, tile).fill_(float("nan"))
         error = row_error(run(0, tile), expected)
         if not error <= BOUND[product.dtype]:
             raise AssertionError(f"{tile} must be within {BOUND[product.dtype]:.2g}, got {error}")
         return time_calls(lambda i: run(i, tile), copies, device, QUICK).p50
 
-    heuristic = product.heuristic(device_sms(device) if num_sms is None else num_sms)
-    readings = [(heuristic, ms_of(heuristic))]
+    # tiles.json, which may hold what was found before, is not what a tile has to beat
+    with patch.object(import_module("kernels.linear"), "tuned_tile", lambda *launch: None):
+        readings: Readings = [(None, ms_of(None))]
     for tile in tiles:
         try:
             readings.append((tile, ms_of(tile)))
-        except (OutOfResources, PTXASError, RuntimeError, ValueError):  # it does not fit
+        except UNFIT:
             continue
     return readings
 
 
-def winner(readings: Sequence[tuple[Tile, float]]) -> Tile | None:
-    """The fastest tile of a sweep, or None where the heuristic's, its first, is as good."""
-    tile, ms = min(readings, key=lambda reading: reading[1])
-    return tile if ms < readings[0][1] * (1 - WORTH) else None
+def sweep_bucket(
+    product: Product, tiles: Sequence[Tile], device: torch.device, num_sms: int | None
+) -> list[Readings]:
+    """A sweep at each end of the product's bucket of tokens, all of them last."""
+    return [sweep(end, tiles, device, num_sms) for end in product.ends()]
+
+
+def winner(sweeps: Sequence[Readings]) -> Tile | None:
+    """The tile that gains most where it gains least, or None where the heuristic is as good in one
+    of the sweeps."""
+    times = [dict(readings) for readings in sweeps]
+
+    def share(tile: Tile | None) -> float:
+        return max(ms.get(tile, math.inf) / ms[None] for ms in times)
+
+    best = min(times[-1], key=share)
+    return best if share(best) < 1 - WORTH else None
 
 
 def key_of(product: Product, num_sms: int | None, device: torch.device) -> TileKey:
@@ -176,13 +210,14 @@ def tune(
     device: torch.device,
     tiles_of: Callable[[int], list[Tile]] = candidates,
 ) -> list[dict[str, Any]]:
-    """Measure each (product, num_sms) and change `found` by what came out; returns a row each."""
+    """Measure each (product, num_sms) and change `found` by what came out; returns a row each, with
+    the times at all of the bucket's tokens."""
     rows = []
     for product, num_sms in tqdm(todo, desc="tiles", disable=None):
         key = key_of(product, num_sms, device)
         found.pop(key, None)
-        readings = sweep(product, tiles_of(product.num_tokens), device, num_sms or None)
-        tile = winner(readings)
+        sweeps = sweep_bucket(product, tiles_of(product.num_tokens), device, num_sms or None)
+        tile = winner(sweeps)
         if tile is not None:
             found[key] = tile
         rows.append(
@@ -190,16 +225,18 @@ def tune(
                 "kernel": key.kernel,
                 "shape": key.shape,
                 "sms": num_sms,
-                "heuristic_us": readings[0][1] * 1e3,
-                "best_us": min(ms for _, ms in readings) * 1e3,
-                "tile": "heuristic" if tile is None else short(tile),
+                "heuristic_us": sweeps[-1][0][1] * 1e3,
+                "best_us": min(ms for _, ms in sweeps[-1]) * 1e3,
+                "tile": short(tile),
             }
         )
     return rows
 
 
-def short(tile: Tile) -> str:
+def short(tile: Tile | None) -> str:
     """A tile in few words."""
+    if tile is None:
+        return "heuristic"
     sizes = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
     return f"{sizes} {tile.num_warps} warps {tile.num_stages} stages"
 

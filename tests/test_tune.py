@@ -1,55 +1,101 @@
 """Tuning: the fastest right tile is kept, and only where it is worth it."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from experiments import tune
 from experiments.timing import Times
-from experiments.tune import Product, candidates, products, sweep, winner
-from kernels import Tile
+from experiments.tune import Product, candidates, products, sweep, sweep_bucket, winner
+from kernels import Tile, reference
+from kernels.tall_plan import choose_plan
 from kernels.tiles import TileKey, read_tiles
 from tests.strategies import DEVICE
 
 device = torch.device(DEVICE)
-HEURISTIC = Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
 SMALL, LARGE = (Tile(BLOCK_M=16, BLOCK_N=n, BLOCK_K=32, num_stages=2) for n in (16, 32))
 toy = Product(kernel="linear", num_tokens=3, width=40, depth=64, dtype=torch.float16)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Timing as told: milliseconds by BLOCK_N; the calls are made all the same."""
+    """Timing as told: milliseconds by BLOCK_N, the heuristic's by None; or a list of them, one for
+    each sweep. The calls are made all the same."""
     ms = {}
 
     def time_calls(run, copies, device, effort):
-        tile = next(
-            cell.cell_contents for cell in run.__closure__ if type(cell.cell_contents) is Tile
-        )
+        held = [cell.cell_contents for cell in run.__closure__]
+        tile = next((value for value in held if type(value) is Tile), None)
         run(0)
-        return Times(*[ms[tile.BLOCK_N]] * 3)
+        told = ms[tile and tile.BLOCK_N]
+        return Times(*[told.pop(0) if isinstance(told, list) else told] * 3)
 
     monkeypatch.setattr(tune, "time_calls", time_calls)
     monkeypatch.setattr(tune, "copies_for", lambda num_bytes: 2)
-    monkeypatch.setattr(Product, "heuristic", lambda product, num_sms: HEURISTIC)
     return ms
 
 
 @pytest.mark.parametrize("kernel", ["linear", "gate_up"])
 def test_the_fastest_tile_is_found(clock, kernel):
-    clock.update({16: 2.0, 32: 1.0, 64: 3.0})
+    clock.update({16: 2.0, 32: 1.0, None: 3.0})
     product = Product(kernel=kernel, num_tokens=3, width=40, depth=64, dtype=torch.float16)
     readings = sweep(product, [SMALL, LARGE], device, None)
-    assert readings == [(HEURISTIC, 3.0), (SMALL, 2.0), (LARGE, 1.0)]
-    assert winner(readings) == LARGE
+    assert readings == [(None, 3.0), (SMALL, 2.0), (LARGE, 1.0)]
+    assert winner([readings]) == LARGE
 
 
 def test_less_than_the_spread_of_readings_is_not_worth_a_line(clock):
-    clock.update({16: 0.99, 32: 1.2, 64: 1.0})
-    assert winner(sweep(toy, [SMALL, LARGE], device, 2)) is None
+    clock.update({16: 0.99, 32: 1.2, None: 1.0})
+    assert winner([sweep(toy, [SMALL, LARGE], device, 2)]) is None
+
+
+def test_a_tile_has_to_win_at_both_ends_of_its_bucket(clock):
+    clock.update({16: [0.5, 1.1], 32: [0.9, 0.8], None: [1.0, 1.0]})
+    sweeps = sweep_bucket(toy, [SMALL, LARGE], device, None)
+    assert winner(sweeps) == LARGE
+    assert winner(sweeps[:1]) == SMALL
+    assert winner([sweeps[0][:2], sweeps[1]]) is None  # LARGE did not run there
+
+
+@pytest.mark.parametrize(
+    "num_tokens, wanted",
+    [(1, [1]), (2, [2]), (3, [3, 4]), (4, [3, 4]), (129, [170, 256]), (256, [170, 256])],
+)
+def test_ends_lie_in_the_bucket(num_tokens, wanted):
+    product = Product(kernel="linear", num_tokens=num_tokens, width=40, depth=64)
+    ends = product.ends()
+    assert [end.num_tokens for end in ends] == wanted
+    assert {end.shape for end in ends} == {product.shape}
+
+
+def test_a_tile_has_to_beat_the_heuristic_and_not_what_was_found_before(clock, monkeypatch):
+    """Which a launch would take, and be as fast as the tile."""
+    clock.update({16: 1.0, None: 2.0})
+
+    def found(*launch):
+        raise AssertionError("must not look into tiles.json")
+
+    monkeypatch.setattr(import_module("kernels.linear"), "tuned_tile", found)
+    assert winner([sweep(toy, [SMALL], device, None)]) == SMALL
+
+
+def test_the_heuristic_has_a_workspace_as_when_serving(clock, monkeypatch):
+    clock.update({16: 1.0, None: 2.0})
+    workspace, given = object(), []
+
+    def linear(x, weight, *, out, **options):
+        given.append((options["tile"], options["workspace"]))
+        return reference.linear(x, weight, rms_eps=options["rms_eps"], out=out)
+
+    monkeypatch.setattr(tune.kernels, "matmul_workspace", lambda device: workspace)
+    monkeypatch.setattr(tune.kernels, "linear", linear)
+    sweep(toy, [SMALL], device, None)
+    assert set(given) == {(None, workspace), (SMALL, workspace)}
 
 
 def test_found_tiles_are_written_and_outdated_ones_dropped(clock):
-    clock.update({16: 0.5, 32: 1.2, 64: 1.0})
+    clock.update({16: 0.5, 32: 1.2, None: 1.0})
     worse = Product(kernel="linear", num_tokens=3, width=48, depth=64, dtype=torch.float16)
     gpu = torch.cuda.get_device_name(device) if DEVICE == "cuda" else "cpu"
     key, outdated = (TileKey(gpu, "linear", p.shape, 4) for p in (toy, worse))
@@ -64,7 +110,7 @@ def test_found_tiles_are_written_and_outdated_ones_dropped(clock):
 
 
 def test_a_wrong_result_is_never_timed(clock, monkeypatch):
-    clock.update({16: 1.0, 32: 1.0, 64: 1.0})
+    clock.update({16: 1.0, None: 1.0})
     build = Product.build
 
     def off(self, *args):
@@ -77,7 +123,7 @@ def test_a_wrong_result_is_never_timed(clock, monkeypatch):
 
 
 def test_a_tile_that_does_not_fit_is_passed_over(clock, monkeypatch):
-    clock.update({16: 1.0, 64: 2.0})
+    clock.update({16: 1.0, None: 2.0})
     build = Product.build
 
     def refusing(self, *args):
@@ -112,8 +158,18 @@ def test_candidates_suit_the_kernel(num_tokens):
     assert all((tile.BLOCK_M == 1) == (num_tokens == 1) for tile in tiles)
 
 
+@pytest.mark.parametrize("num_tokens", [2, 16, 17, 33, 64, 65, 300, 2048])
+@pytest.mark.parametrize("num_sms", [52, 132])
+def test_candidates_hold_what_hopper_would_choose(num_tokens, num_sms):
+    tiles = set(candidates(num_tokens))
+    for gated in (False, True):
+        for width, depth in ((1024, 2048), (6144, 4096), (12288, 4096)):
+            plan = choose_plan(num_tokens, width, depth, num_sms, gated=gated, may_share=True)
+            assert plan.tile in tiles
+
+
 def test_the_command_line_writes_the_file(clock, tmp_path, monkeypatch, capsys):
-    clock.update({16: 0.5, 64: 1.0})
+    clock.update({16: 0.5, None: 1.0})
     monkeypatch.setattr(tune, "products", lambda model, tokens: [toy])
     monkeypatch.setattr(tune, "candidates", lambda tokens: [SMALL])
     monkeypatch.setattr(tune.tune, "__defaults__", (lambda tokens: [SMALL],))
