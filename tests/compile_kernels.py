@@ -38,7 +38,8 @@ NUM_SMS = 132
 DECODE_BATCHES = (1, 16, 64, 256)
 PREFILL_TOKENS = 2048
 MATMUL_SHAPE = r"M=(\d+) N=(\d+) K=(\d+)( residual)?"  # what kernels.tiles.matmul_shape makes
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ATTENTION_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ MODELS = {
     "smollm2-135m": Model(576, 9, 3, 64, 1536, 49152),
     "qwen3-0.6b": Model(1024, 16, 8, 128, 3072, 151936),
     "qwen3-8b": Model(4096, 32, 8, 128, 12288, 151936),
+}
+# attention alone is specialised for these: head dims beside groups, each with block sizes
+HEADS = {
+    "heads-of-64": Model(0, 3, 1, 64, 0, 0),
+    "heads-of-128": Model(0, 40, 8, 128, 0, 0),
+    "heads-of-256": Model(0, 8, 4, 256, 0, 0),
+}
+BLOCK_SIZES = {
+    "heads-of-64": (1, 8, 64),
+    "heads-of-128": (1, 8, 32, 64),
+    "heads-of-256": (1, 16),
 }
 
 
@@ -104,8 +116,8 @@ def launch_rows(m: Model, T: int, dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
-def kv_pool(m: Model, dtype: torch.dtype) -> Tensor:
-    return torch.empty(64, 4, 2, 16, m.num_kv_heads, m.head_dim, dtype=dtype)
+def kv_pool(m: Model, dtype: torch.dtype, block_size: int = 16) -> Tensor:
+    return torch.empty(64, 4, 2, block_size, m.num_kv_heads, m.head_dim, dtype=dtype)
 
 
 def as_on_other_gpus() -> AbstractContextManager[object]:
@@ -145,6 +157,16 @@ def launch_prefill(m: Model, T: int, dtype: torch.dtype) -> None:
             attend(max_query_len)
     pool = kv_pool(m, dtype)
     kernels.copy_blocks(pool, pool, ints(8, dtype=torch.int64), ints(8, dtype=torch.int64))
+
+
+def launch_attention(m: Model, block_size: int, dtype: torch.dtype) -> None:
+    """Decode and prefill over blocks of a size."""
+    kv_cache = kv_pool(m, dtype, block_size)[:, 1]
+    q = torch.empty(PREFILL_TOKENS, m.num_heads, m.head_dim, dtype=dtype)
+    few, B = q[:ATTENTION_BATCH], ATTENTION_BATCH
+    kernels.decode_attention(few, kv_cache, ints(B, 256), ints(B), 0.1)
+    table, starts, lens = ints(4, 256), ints(5), ints(4)
+    kernels.prefill_attention(q, kv_cache, table, starts, lens, PREFILL_TOKENS, 0.1)
 
 
 def launch_tall(m: Model, T: int, dtype: torch.dtype) -> None:
@@ -197,6 +219,7 @@ def launch_tiles(m: Model, T: int, dtype: torch.dtype) -> None:
 LAUNCHES = {
     "decode": launch_decode,
     "prefill": launch_prefill,
+    "attention": launch_attention,
     "tall": launch_tall,
     "tiles": launch_tiles,
     "squeezed": launch_squeezed,
@@ -204,12 +227,16 @@ LAUNCHES = {
 
 
 def cases() -> list[tuple[str, str, str, int]]:
-    """Model, dtype, phase, rows. fp16 for one model: only its fused norm differs."""
+    """Model, dtype, phase, rows (attention: tokens of a block). fp16 for one model: only its fused
+    norm differs; fp32 for attention, whose tiles would not fit."""
     sizes = [("prefill", PREFILL_TOKENS)] + [("decode", B) for B in DECODE_BATCHES]
     kinds = [(model, "bf16") for model in MODELS] + [("qwen3-0.6b", "fp16")]
     extra = [
         ("qwen3-0.6b", "bf16", phase, PREFILL_TOKENS) for phase in ("squeezed", "tall", "tiles")
     ]
+    for name, sizes_of_block in BLOCK_SIZES.items():
+        extra += [(name, "bf16", "attention", size) for size in sizes_of_block]
+        extra += [(name, "fp32", "attention", 16)]
     return extra + [(model, dtype, phase, n) for phase, n in sizes for model, dtype in kinds]
 
 
@@ -232,7 +259,7 @@ def compile_case(case: tuple[str, str, str, int]) -> list[dict]:
     dependent_launch.has_dependent_launch = hopper.has_wgmma = lambda device: True
     JITFunction.run = stop_behind_compilation(run)
     try:
-        LAUNCHES[phase](MODELS[model], n, DTYPES[dtype])
+        LAUNCHES[phase]((MODELS | HEADS)[model], n, DTYPES[dtype])
     finally:
         JITFunction.run = run
     return reports

@@ -23,7 +23,9 @@ def compile_all() -> list[dict]:
 
 
 def wants_wgmma(report: dict) -> bool:
-    """Matrix kernels, from the 64 rows on that wgmma takes at a time."""
+    """Matrix kernels, from the 64 rows on that wgmma takes at a time; it knows no fp32."""
+    if report["dtype"] == "fp32":
+        return False
     if report["kernel"] == "_thin_matmul_kernel":
         return report["constexprs"]["BLOCK_M"] >= 64
     kernels_of_many_tokens = "_prefill_attention", "_prefill_pipeline", "_tall_matmul"

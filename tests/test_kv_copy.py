@@ -14,12 +14,17 @@ from tests.strategies import (
     ints,
     permutation,
     randn,
+    run_twice,
     seeds,
     sparse_pool,
 )
 
 shapes = st.tuples(
-    st.integers(1, 3), st.just(2), st.sampled_from([8, 16]), st.integers(1, 3), st.integers(1, 130)
+    st.integers(1, 3),
+    st.just(2),
+    st.sampled_from([1, 8, 16]),
+    st.integers(1, 3),
+    st.integers(1, 130) | st.just(256),
 )
 
 
@@ -49,6 +54,17 @@ def test_copy_blocks_matches_reference(
     reference.copy_blocks(src.cpu()[where], expected[where], src_ids.cpu(), dst_ids.cpu())
     assert kernels.copy_blocks(src[where], dst[where], src_ids, dst_ids) is None
     assert_same_bits(dst.cpu(), expected)
+
+
+@run_twice
+@given(shape=shapes, count=st.integers(0, 9), dtype=dtypes, seed=seeds)
+def test_copy_blocks_gives_the_same_bits_again(shape, count, dtype, seed):
+    src, dst = randn(seed, (9, *shape), (9, *shape), dtype=dtype)
+    src_ids, dst_ids = permutation(seed, 9)[:count], permutation(seed + 1, 9)[:count]
+    again = dst.clone()
+    kernels.copy_blocks(src, dst, src_ids, dst_ids)
+    kernels.copy_blocks(src, again, src_ids, dst_ids)
+    assert_same_bits(again, dst)
 
 
 def test_blocks_beyond_int32_offsets(tmp_path):

@@ -9,7 +9,19 @@ from torch import Tensor
 import kernels
 from kernels import reference
 from kernels.tile import Tile
-from tests.strategies import assert_close, assert_same_bits, dtypes, randn, seeds, strided
+from tests import plain_torch
+from tests.plain_torch import assert_no_worse_than_torch
+from tests.strategies import (
+    DEVICE,
+    assert_close,
+    assert_same_bits,
+    dtypes,
+    poisoned,
+    randn,
+    run_twice,
+    seeds,
+    strided,
+)
 
 EPS = 1e-6
 tokens = st.integers(0, 20) | st.sampled_from([32, 33, 63, 64, 65, 80])
@@ -60,7 +72,7 @@ def test_linear_matches_reference(T, N, K, extras, tile, num_sms, dtype, seed):
     residual = residual if "residual" in extras else None
     rms_eps = EPS if "norm" in extras else None
     expected = reference.linear(x.float(), weight, bias, residual, rms_eps)
-    out = strided(torch.zeros_like(expected, dtype=dtype)) if "out" in extras else None
+    out = strided(poisoned(expected, dtype)) if "out" in extras else None
     actual = kernels.linear(x, weight, bias, residual, rms_eps, out=out, tile=tile, num_sms=num_sms)
     assert out is None or actual is out
     assert_close(actual, expected, scale=dot_scale(normed(x) if rms_eps else x, weight))
@@ -80,6 +92,24 @@ def test_linear_gives_the_same_bits_on_every_partition(T, N, K, dtype, seed):
     for num_sms in (1, 3):
         part = kernels.linear(x, weight, rms_eps=EPS, num_sms=num_sms)
         assert_same_bits(part, whole)
+
+
+@run_twice
+@given(
+    T=tokens,
+    N=st.integers(1, 150),
+    K=st.integers(1, 100),
+    rms_eps=st.sampled_from([None, EPS]),
+    num_sms=st.sampled_from([None, 3]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_linear_gives_the_same_bits_again(T, N, K, rms_eps, num_sms, dtype, seed):
+    x, weight, bias = randn(seed, (T, K), (N, K), (N,), dtype=dtype)
+    options = {"num_sms": num_sms, "workspace": kernels.matmul_workspace(DEVICE)}
+    first = kernels.linear(x, weight, bias, rms_eps=rms_eps, **options)
+    again = kernels.linear(x, weight, bias, rms_eps=rms_eps, **options)
+    assert_same_bits(again, first)
 
 
 def test_norm_of_large_fp16_does_not_overflow():
@@ -110,3 +140,4 @@ def test_linear_at_model_shapes(num_tokens, N, K, dtype):
     expected = reference.linear(x.float(), weight, None, residual, EPS)
     actual = kernels.linear(x, weight, None, residual, EPS)
     assert_close(actual, expected, scale=dot_scale(normed(x), weight))
+    assert_no_worse_than_torch(actual, plain_torch.linear(x, weight, residual, EPS), expected)

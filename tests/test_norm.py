@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import reference
-from tests.strategies import assert_close, assert_same_bits, dtypes, randn, seeds, strided
+from tests.strategies import (
+    assert_close,
+    assert_same_bits,
+    dtypes,
+    poisoned,
+    randn,
+    run_twice,
+    seeds,
+    strided,
+)
 
 EPS = 1e-6
 tokens = st.integers(0, 24)
@@ -23,7 +32,7 @@ def test_rms_norm_matches_reference(T, N, gain, dtype, spread, seed):
     x = strided(x * gain) if spread else x * gain
     expected = reference.rms_norm(x.float(), weight, EPS)
     assert_close(kernels.rms_norm(x, weight, EPS), expected)
-    out = strided(torch.zeros_like(expected, dtype=dtype))
+    out = strided(poisoned(expected, dtype))
     assert kernels.rms_norm(x, weight, EPS, out=out) is out
     assert_close(out, expected)
 
@@ -37,7 +46,9 @@ def test_add_rms_norm_matches_reference(T, N, gain, dtype, spread, seed):
     summed = x.float() + residual.float()
     expected = reference.rms_norm(summed, weight, EPS)
     before = x.clone()
-    actual = kernels.add_rms_norm(x, residual, weight, EPS)
+    out = strided(poisoned(expected, dtype)) if spread else None
+    actual = kernels.add_rms_norm(x, residual, weight, EPS, out=out)
+    assert out is None or actual is out
     assert_close(actual, expected)
     assert_same_bits(residual, summed.to(dtype))
     assert_same_bits(x, before)
@@ -51,6 +62,19 @@ def test_row_rstd_matches_reference(T, N, gain, dtype, spread, seed):
     torch.testing.assert_close(
         kernels.row_rstd(x, EPS), reference.row_rstd(x.double(), EPS), rtol=1e-5, atol=0
     )
+
+
+@run_twice
+@given(T=tokens, N=widths, dtype=dtypes, seed=seeds)
+def test_norms_give_the_same_bits_again(T, N, dtype, seed):
+    x, residual, weight = randn(seed, (T, N), (T, N), (N,), dtype=dtype)
+    for launch in (
+        lambda: kernels.rms_norm(x, weight, EPS),
+        lambda: kernels.add_rms_norm(x, residual.clone(), weight, EPS),
+        lambda: kernels.row_rstd(x, EPS, out=poisoned(x[:, 0], torch.float32)),
+    ):
+        first = launch()
+        assert_same_bits(launch(), first)
 
 
 @given(N=widths, dtype=dtypes, seed=seeds)

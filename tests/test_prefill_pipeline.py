@@ -9,6 +9,7 @@ import kernels
 from kernels import Tile
 from kernels.hopper import has_wgmma
 from kernels.prefill_attention import choose_pipeline_tile, has_form, takes
+from kernels.tile import cdiv
 from tests.strategies import (
     DEVICE,
     Layout,
@@ -39,9 +40,18 @@ def batch_of(name: str, dtype: torch.dtype, **changes: int) -> PagedBatch:
     "change", [{"BLOCK_M": 64}, {"num_warps": 4}, {"BLOCK_N": 256}, {"num_stages": 1}]
 )
 def test_a_tile_of_another_form_is_for_the_other_kernel(change):
-    tile = choose_pipeline_tile(128)
+    tile = choose_pipeline_tile(16, 128)
     assert has_form(tile)
     assert not has_form(Tile(**vars(tile) | change))
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+def test_every_block_size_has_a_tile_of_the_form(block_size):
+    """Whose ring is as long; the loading warp holds the ids of eight blocks at most."""
+    tile = choose_pipeline_tile(block_size, 128)
+    assert has_form(tile)
+    assert tile.BLOCK_N * tile.num_stages == 256
+    assert cdiv(tile.BLOCK_N, block_size) <= 8
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import reference
+from kernels.tile import cdiv
 from tests.strategies import (
     DEVICE,
     Layout,
@@ -22,6 +23,7 @@ from tests.strategies import (
     permutation,
     randn,
     row_rms,
+    run_twice,
     seeds,
     sparse_pool,
 )
@@ -66,16 +68,26 @@ def scattered_slots(stored: list[bool], num_slots: int, seed: int) -> torch.Tens
 @example(
     [True] * 4, Layout(context_lens=(), num_kv_heads=3, group=3), False, False, torch.float16, 2
 )
+@example([True] * 9, Layout(context_lens=(), block_size=1), True, False, torch.float16, 3)
+@example([True, False], Layout(context_lens=(), head_dim=256), True, False, torch.float32, 4)
 def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, seed):
     qkv, positions, cos_sin = rope_inputs(len(stored), layout, dtype, seed)
     q_weight, k_weight = randn(seed + 1, (layout.head_dim,), (layout.head_dim,), dtype=dtype)
     norms = (q_weight, k_weight, EPS) if qk_norm else ()
+    num_blocks = max(5, cdiv(len(stored), layout.block_size))
     (pool,) = randn(
         seed,
-        (5, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim),
+        (
+            num_blocks,
+            layout.num_layers,
+            2,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+        ),
         dtype=dtype,
     )
-    slots = scattered_slots(stored, 5 * layout.block_size, seed)
+    slots = scattered_slots(stored, num_blocks * layout.block_size, seed)
     layer = seed % layout.num_layers
 
     expected_pool, before = pool.float(), pool.clone()
@@ -99,6 +111,23 @@ def test_rope_store_matches_reference(stored, layout, qk_norm, give_out, dtype, 
     v = qkv.view(len(stored), layout.num_kv_heads * (layout.group + 2), layout.head_dim)
     v = v[slots >= 0, -layout.num_kv_heads :]
     assert_same_bits(pool[blocks, layer, 1, offsets], v)
+
+
+@run_twice
+@given(T=st.integers(0, 9), heads=heads, head_dim=head_dims, dtype=dtypes, seed=seeds)
+def test_rope_store_gives_the_same_bits_again(T, heads, head_dim, dtype, seed):
+    num_kv_heads, group = heads
+    layout = Layout(context_lens=(), num_kv_heads=num_kv_heads, group=group, head_dim=head_dim)
+    qkv, positions, cos_sin = rope_inputs(T, layout, dtype, seed)
+    norms = randn(seed + 1, (head_dim,), (head_dim,), dtype=dtype)
+    slots = scattered_slots([True] * T, 32, seed)
+
+    def launched() -> tuple[torch.Tensor, torch.Tensor]:
+        kv_cache = torch.zeros(2, 2, 16, num_kv_heads, head_dim, dtype=dtype, device=DEVICE)
+        return kernels.rope_store(qkv, positions, cos_sin, slots, kv_cache, *norms, EPS), kv_cache
+
+    for again, first in zip(launched(), launched(), strict=True):
+        assert_same_bits(again, first)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from kernels.tall_plan import (
     tiles_for,
 )
 from kernels.tile import cdiv
+from tests import small_launches
 from tests.strategies import DEVICE, assert_close, assert_same_bits, randn
 from tests.test_linear import dot_scale, normed
 from tests.test_mlp import gate_up_scale
@@ -161,6 +162,12 @@ class Grid:
 
     def num_programs(self, axis: int) -> int:
         return self.num
+
+
+@pytest.mark.parametrize("name, T, N, K, num_sms", small_launches.SHARED)
+def test_what_compute_sanitizer_sees_has_shared_tiles(name, T, N, K, num_sms):
+    plan = choose_plan(T, N, K, num_sms, gated=name == "gate_up", may_share=True)
+    assert plan.side > 1
 
 
 @given(
