@@ -125,8 +125,7 @@ class KVLink:
         self.host = HostBuffers(a.device)
         self.staging = Staging(a, b.device, ops)
         if is_direct and a.device != b.device:
-            # torch opens the way for the kernels, at its own first copy in that direction
-            torch.empty(1, device=b.device).copy_(torch.empty(1, device=a.device))
+            _open_the_way(a.device, b.device)
 
     def open(self, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> Copy:
         """A copy of which nothing is sent yet. ValueError unless the blocks are equally many on
@@ -167,6 +166,16 @@ class KVLink:
             self.stream.wait_event(event)
         with torch.cuda.stream(self.stream):
             yield
+
+
+def _open_the_way(source: torch.device, target: torch.device) -> None:
+    """Let kernels and copy engines of `source` write to the memory of `target`: torch does that at
+    its own first copy in this direction."""
+    torch.empty(1, device=target).copy_(torch.empty(1, device=source))
+    # Its target is free from here on, and the next `empty_cache` gives it back to the driver, which
+    # waits for its own device and not for a copy that the other one is still to make: that would
+    # then write to where nothing is.
+    torch.cuda.current_stream(source).synchronize()
 
 
 def copy_by_engine(

@@ -47,6 +47,9 @@ MAX_BLOCK_B = 256  # of the pipeline, which looks at more requests one part afte
 # of the plain kernel
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
+# Of a thread, for heads wider than 128, of which no third program fits: left to itself, ptxas may
+# spill so that it would.
+MAX_REGISTERS_OF_WIDE = 255
 
 # Of the pipeline: programs of one warp each, whose rings fill shared memory. On an H100 as fast as
 # fewer steps and more programs where the batch is large, and faster where it is small.
@@ -237,6 +240,7 @@ def _launch_plain(
     """Launch over arguments that the caller has checked."""
     _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
     group = q.shape[1] // num_kv_heads
+    is_wide = head_dim > 128 and kv_cache.element_size() == 2
     _decode_attention_kernel[(num_programs,)](
         q,
         kv_cache,
@@ -263,6 +267,7 @@ def _launch_plain(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=MAX_REGISTERS_OF_WIDE if is_wide else None,
         **_options(q, kv_cache),
     )
 

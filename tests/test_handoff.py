@@ -199,6 +199,22 @@ def test_blocks_arrive_on_the_other_gpu(config, way, is_run):
     assert_same_bits(target.blocks[to].cpu(), source.blocks[there].cpu())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_new_link_leaves_no_copy_to_memory_that_may_be_given_back(config):
+    """Its first copy opens the way to the peer; the peer's memory goes back to the driver while
+    the source is still busy with what came before."""
+    source, target = cache(config, 4, "cuda:0"), cache(config, 4, "cuda:1")
+    for _ in range(3):
+        with torch.cuda.device(0):
+            torch.cuda._sleep(200_000_000)
+        link = KVLink(source, target, kernels)
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize("cuda:0")  # where a write to nowhere is reported
+        link.start([0, 1], [2, 3]).wait()
+        assert_same_bits(target.blocks[2:].cpu(), source.blocks[:2].cpu())
+
+
 @given(st.data())
 def test_runs_take_every_block_once_and_rise_on_both_sides(data):
     num = data.draw(st.integers(1, 12))
