@@ -23,7 +23,7 @@ from engine.micro_batches import num_rows
 from engine.pipeline import DecodePipeline
 from engine.pipeline_needs import max_connections
 from engine.stage_schedule import Placement
-from engine.stage_streams import GpuStreams, InOrder, StageStreams
+from engine.stage_streams import GpuStreams, InOrder, StageStreams, in_a_line
 from green.driver import GreenContextError, load_driver
 from green.partition import legal_splits
 from models.config import ModelConfig
@@ -238,12 +238,6 @@ def _stage_streams(
         asked = (config.decode_attention_sm, config.decode_ffn_sm)
         return GpuStreams.partitioned(asked, device), None
     except Exception as error:  # of the driver, torch, Triton or its compiler: serial works anyway
-        why_none = _in_a_line(error)
+        why_none = in_a_line(error)
         warnings.warn(f"decode is serial, not pipelined: {why_none}", stacklevel=2)
         return None, why_none
-
-
-def _in_a_line(error: Exception) -> str:
-    if isinstance(error, GreenContextError):
-        return str(error)
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

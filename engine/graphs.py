@@ -81,6 +81,12 @@ class StepGraphs:
         less of it was free, so what others take or give back meanwhile is counted too."""
         return sum(self._bytes.get(key, 0) for key in self.captured)
 
+    def take_new_pool(self) -> None:
+        """Capture to another pool from now on, where there is one at all. To be called where a
+        capture broke off: torch goes on recording to its pool, and lets no other begin there."""
+        if self.is_capturing:
+            self._pool = torch.cuda.graph_pool_handle()
+
     def run(self, key: Key, step: Callable[[Key], None]) -> None:
         """step(key), or its replay. What it reads and writes must be in place from call to call,
         and it must not look at values on the host."""

@@ -147,3 +147,10 @@ def _concurrent_streams(asked: Sequence[int], device: torch.device) -> GreenStre
         "streams in one hardware queue",
         "set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts",
     )
+
+
+def in_a_line(error: Exception) -> str:
+    """What failed, in short: compilers and torch say more than a line."""
+    if isinstance(error, GreenContextError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

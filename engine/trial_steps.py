@@ -15,9 +15,8 @@ import torch
 from engine.micro_batches import cut, places
 from engine.pipeline import DecodePipeline
 from engine.pipeline_stats import SERIAL
-from engine.stage_streams import StageStreams
+from engine.stage_streams import StageStreams, in_a_line
 from engine.step_model import Split
-from green.driver import GreenContextError
 
 # batch, tokens that each request holds, mode, and what launches the step -> ms of it
 TimeStep = Callable[[int, int, str, Callable[[], None]], float]
@@ -108,10 +107,7 @@ class TrialSteps(DecodePipeline):
             if mode == SERIAL:
                 raise
             self._why_not[mode] = in_a_line(error)
-            if self.graphs.is_capturing:
-                # torch goes on recording to the pool of a capture that broke off, and lets no other
-                # begin there
-                self.graphs._pool = torch.cuda.graph_pool_handle()
+            self.graphs.take_new_pool()
             with suppress(Exception):
                 self._drop(mode)
 
@@ -176,10 +172,3 @@ def split_of(mode: str) -> Split:
     """What has this name. ValueError where that is none of a split."""
     attention, ffn = map(int, mode.split(":"))
     return attention, ffn
-
-
-def in_a_line(error: Exception) -> str:
-    """What failed, in short: compilers and torch say more than a line."""
-    if isinstance(error, GreenContextError):
-        return str(error)
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -84,12 +84,14 @@ def start(what: str, folder: Path, options: dict[str, Any]) -> list[Found]:
 
 
 def _calibration(what: str, runner: DecodePipeline) -> dict[str, Any]:
-    """What `auto` adds to a start; on standard error why it pipelines nothing."""
+    """What `auto` adds to a start; on standard error what it chose, and why."""
     stats = runner.get_pipeline_statistics()
     if stats["why_none"] is not None:
         print(f"{what}: serial: {stats['why_none']}", file=sys.stderr)
     if not isinstance(runner, AutoPipeline):
         return {}
+    for batch, reason in stats["choices"].items():
+        print(f"{what}: {batch} requests: {reason}", file=sys.stderr)
     return {
         "calibration_s": runner.calibration_s,
         "num_untimed": sum(TIME_WAS_UP in reason for reason in stats["choices"].values()),

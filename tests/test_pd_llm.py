@@ -116,6 +116,17 @@ def test_smollm2_says_what_it_says_on_one_device(kv_handoff):
     assert found[0] == found[1]
 
 
+def test_smollm2_says_it_at_every_length():
+    """The longer ones are left to models that compute faster."""
+    prompts, found = prompts_of(LENGTHS[:7], vocab_size=40_000), []
+    for two in (False, True):
+        options = {"enable_two_gpu_pd": two, "num_kv_blocks": 100}
+        options |= {"max_model_len": LENGTHS[6] + 1, "max_num_batched_tokens": 512}
+        with two_devices("smollm2", **options) as llm:
+            found.append(token_ids(llm.generate(prompts, greedy(3))))
+    assert found[0] == found[1]
+
+
 def test_turns_of_a_conversation_hit_either_prefix_cache(bytes_folder, kv_handoff):
     """Prefill's pool knows prompts alone, decode's also what was generated."""
     sizes = {"block_size": 4, "num_kv_blocks": 120}

@@ -12,7 +12,7 @@ from engine.request import Request, RequestState
 from tests.fake_engine import EOS, EngineMachine, expected_tokens
 from tests.fake_pd import PDEngine
 
-MAX_SCHEDULES = int(os.environ.get("PD_SCHEDULES", "200"))  # 1000 and more for a proof
+MAX_SCHEDULES = int(os.environ.get("PD_SCHEDULES", "1000"))
 
 
 class PDMachine(EngineMachine):

@@ -65,7 +65,10 @@ def test_what_auto_adds_to_a_start(decoder, tmp_path, capsys):
         pipeline.choices = {12: (Choice(8, 16, "40:92", 1.2),), 8: ()}
         found = pipeline_start._calibration("cold", pipeline)
     assert found == {"calibration_s": 3.0, "num_untimed": 2, "num_pipelined": 1}
-    assert capsys.readouterr().err == "cold: serial: auto: nothing won\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "cold: serial: auto: nothing won",
+        *(f"cold: {batch} requests: {reason}" for batch, reason in sorted(choices.items())),
+    ]
 
 
 def test_captures_are_of_every_bucket(decoder, monkeypatch):
