@@ -214,8 +214,10 @@ class LLM:
         handoff: None on one device, else a dict of num_handoffs, num_bytes, copy_ms, gb_s,
         exposed_ms (percentiles; from a prompt's first token being known to its first decode step
         being possible, as far as the copy alone was waited for), mode (kv_handoff), way ("kernel" |
-        "copy_engine" | "staged"), link_gb_s (measured at the start), num_in_flight, backlog (see
-        max_decode_backlog) and credits (free decode blocks that no request was promised).
+        "copy_engine" | "staged"), link_gb_s (measured at the start), num_in_flight (copies),
+        num_prefilled (computed, and not on their way yet), num_copying, num_decoding, backlog (see
+        max_decode_backlog), peak_backlog and credits (free decode blocks that no request was
+        promised).
         """
         return self._require_core().statistics()
 

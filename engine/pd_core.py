@@ -226,7 +226,11 @@ class PDCore(BaseCore):
             "way": self.handoffs.way,
             "link_gb_s": self.link_gb_s,
             "num_in_flight": len(self.handoffs),
+            "num_prefilled": self.scheduler.num_prefilled,
+            "num_copying": self.scheduler.num_copying,
+            "num_decoding": self.scheduler.num_decoding,
             "backlog": self.scheduler.decode_backlog,
+            "peak_backlog": self.scheduler.peak_backlog,
             "credits": self.leases.credits,
         }
 

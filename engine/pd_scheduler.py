@@ -21,7 +21,7 @@ copy was given. All calls come from one thread.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.base_scheduler import BaseScheduler
+from engine.base_scheduler import BaseScheduler, PrefillChunk
 from engine.block_manager import BlockManager
 from engine.config import check_int
 from engine.lease import Lease, Leases
@@ -99,13 +99,25 @@ class PDScheduler(BaseScheduler):
         self._prefilled: dict[int, Request] = {}  # in the order in which they were computed
         self._copying: set[int] = set()
         self.max_decode_backlog = max_decode_backlog
+        self.peak_backlog = 0  # the most that there ever were, of `decode_backlog`
         self.growth_tokens = growth_tokens
         self.push_tokens = push_tokens
 
     @property
+    def num_prefilled(self) -> int:
+        """Requests whose prompts are launched to their end, and whose hand-over is still to
+        start."""
+        return len(self._prefilled)
+
+    @property
+    def num_copying(self) -> int:
+        """Requests whose blocks are on their way, or whose first token the host is to learn yet."""
+        return len(self._copying)
+
+    @property
     def num_decoding(self) -> int:
         """Requests that decode: their blocks are in the decode pool, their first token is known."""
-        return len(self.running) - len(self._prefilled) - len(self._copying)
+        return len(self.running) - self.num_prefilled - self.num_copying
 
     @property
     def decode_backlog(self) -> int:
@@ -129,6 +141,12 @@ class PDScheduler(BaseScheduler):
             return 0
         num_expected = num_tokens + max(1, self.growth_tokens)
         return self.leases.num_blocks(min(num_expected, request.max_total_tokens - 1))
+
+    def schedule_prefill(self) -> list[PrefillChunk]:
+        """See the base; nothing else lets the backlog grow."""
+        chunks = super().schedule_prefill()
+        self.peak_backlog = max(self.peak_backlog, self.decode_backlog)
+        return chunks
 
     def schedule_handoffs(self) -> list[Handoff]:
         """Choose the hand-overs to start now, in the order in which prompts were computed.

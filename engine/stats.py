@@ -183,7 +183,9 @@ def _handoff_line(handoff: Mapping[str, Any]) -> str:
     return (
         f"hand-over {handoff['num_handoffs']} of {handoff['num_bytes'] / 1e6:.1f} MB{speed}, "
         f"{handoff['mode']} by {handoff['way']} (link {handoff['link_gb_s']:.1f} GB/s), "
-        f"{handoff['num_in_flight']} in flight, backlog {handoff['backlog']}, "
+        f"{handoff['num_in_flight']} in flight, {handoff['num_prefilled']} to be sent, "
+        f"{handoff['num_copying']} on their way, {handoff['num_decoding']} decoding, backlog "
+        f"{handoff['backlog']} (at most {handoff['peak_backlog']}), "
         f"{handoff['credits']} credits, exposed {_spread(handoff['exposed_ms'])}"
     )
 

@@ -206,14 +206,16 @@ class PDEngine(FakeEngine):
         states = Counter(r.state for r in self.requests)
         backlog = sum(states[state] for state in NOT_DECODING_YET)
         backlog += sum(handoff.is_stale for handoff in self.copies)
-        assert backlog == scheduler.decode_backlog <= scheduler.max_decode_backlog, "backlog"
+        assert backlog == scheduler.decode_backlog <= scheduler.peak_backlog, "backlog"
+        assert scheduler.peak_backlog <= scheduler.max_decode_backlog
         decoding = states[RequestState.COPYING] + states[RequestState.DECODING]
         assert decoding <= scheduler.max_num_seqs
         assert states[RequestState.DECODING] == scheduler.num_decoding
-        for known, state in (
-            (scheduler._prefilled, RequestState.PREFILLED),
-            (scheduler._copying, RequestState.COPYING),
+        for known, num, state in (
+            (scheduler._prefilled, scheduler.num_prefilled, RequestState.PREFILLED),
+            (scheduler._copying, scheduler.num_copying, RequestState.COPYING),
         ):
+            assert len(known) == num
             assert set(known) == {r.request_id for r in self.requests if r.state is state}
         check_running(scheduler)
         waiting = [r.arrival_index for r in scheduler.waiting.values()]

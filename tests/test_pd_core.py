@@ -168,6 +168,9 @@ def check_bounds(llm: LLM) -> None:
     for launched in core._prefills:
         assert len(launched.requests) <= config.max_decode_backlog
     handoff = llm.stats()["handoff"]
+    for state in (RequestState.PREFILLED, RequestState.COPYING, RequestState.DECODING):
+        assert handoff[f"num_{state.name.lower()}"] == states.count(state)
+    assert handoff["backlog"] <= handoff["peak_backlog"] <= config.max_decode_backlog
     assert handoff["credits"] >= 0 and handoff["backlog"] <= config.max_decode_backlog
 
 
