@@ -50,7 +50,7 @@ class Verdict:
 
 def verdicts(rows: Iterable[Mapping[str, str]]) -> list[Verdict]:
     """Of every cell that has a split beside its serial graph; rows: of pipeline.csv."""
-    maps = regime_maps([row for row in rows if _is_usual(row)])
+    maps = regime_maps([row for row in rows if is_usual(row)])
     return [
         _verdict(gpu, model, *size, cell)
         for (gpu, model), cells in maps.items()
@@ -58,7 +58,7 @@ def verdicts(rows: Iterable[Mapping[str, str]]) -> list[Verdict]:
     ]
 
 
-def _is_usual(row: Mapping[str, str]) -> bool:
+def is_usual(row: Mapping[str, str]) -> bool:
     """Serial, or on a split, cut as `auto` cuts."""
     usual = Placement()
     is_cut_so = (row["qkv_stage"], row["o_stage"]) == (usual.qkv, usual.o)

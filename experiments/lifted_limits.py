@@ -1,22 +1,35 @@
-"""Of the limits that the design named of itself (claim 9): those of which readings of handoff.csv
-and the engine's defaults say something."""
+"""Of the limits that the design named of itself (claim 9): those of which readings of handoff.csv,
+pipeline.csv and back_pressure.csv, and the engine's defaults, say something."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from engine.config import EngineConfig
+from engine.pipeline_stats import SERIAL
+from experiments.auto_rule import is_usual, verdicts
+from experiments.back_pressure import BLOCK_SIZE, BOUNDED, UNBOUNDED, Pressure
 from experiments.claims import Finding
+from experiments.pipeline_figures import regime_maps
 
 EXPOSED = 0.02  # of a prompt's prefill: what a hand-over may keep decode waiting
-COMMAND = "python -m experiments.bench_handoff --model"
+STATIC = "48:84"  # the split that the engine takes where it is told to take one
+LOST = 0.02  # of a step: what the choice of a split may cost against the best one
+
+Rows = Iterable[Mapping[str, str]]
 
 
-def findings(rows: Iterable[Mapping[str, str]], model: str) -> list[Finding]:
+def handoff_findings(rows: Rows, model: str) -> list[Finding]:
     """As rows of claims.csv. rows: of handoff.csv; those of the model's newest run count."""
     mine = [row for row in rows if row["model"] == model and row["way"] == "copy_engine"]
-    if not mine:
+    same = _newest_run(mine)
+    if not same:
         return []
-    stamp = max(mine, key=lambda row: row["date"])
-    same = [row for row in mine if (row["date"], row["commit"]) == (stamp["date"], stamp["commit"])]
+    run = {
+        "model": model,
+        "workload": "one prompt after another",
+        "command": f"python -m experiments.bench_handoff --model {model}",
+        "num_gpus": 2,
+    }
     shares = {
         mode: [float(r["exposed_ms_p50"]) / float(r["prefill_ms_p50"]) for r in same_mode]
         for mode in ("push", "slab")
@@ -33,27 +46,109 @@ def findings(rows: Iterable[Mapping[str, str]], model: str) -> list[Finding]:
         )
         ratio = (1 + most["slab"]) / (1 + most["push"])
         is_lifted = most["push"] <= EXPOSED
-        found.append(_finding("limit: synchronous copies", ratio, is_lifted, why, model, stamp))
+        found.append(_finding("limit: synchronous copies", ratio, is_lifted, why, same[-1], **run))
     fraction = EngineConfig.prefill_kv_fraction
     why = (
         f"Prefill's pool takes {fraction:.2f} of what its GPU has for KV blocks, by default: "
         f"{1 + fraction:.2f} times the memory of one pool, not 2."
     )
     ratio = 2 / (1 + fraction)
-    return [*found, _finding("limit: KV memory doubled", ratio, fraction < 1, why, model, stamp)]
+    return [
+        *found,
+        _finding("limit: KV memory doubled", ratio, fraction < 1, why, same[-1], **run),
+    ]
+
+
+def split_findings(rows: Rows, model: str) -> list[Finding]:
+    """What one split costs in the cells of the map of the GPU that was measured last, beside what
+    the rule of decode_pipeline="auto" would; rows: of pipeline.csv."""
+    mine = [row for row in rows if row["model"] == model and is_usual(row)]
+    stamp = max(mine, key=lambda row: row["date"], default=None)
+    if stamp is None:
+        return []
+    mine = [row for row in mine if row["gpu"] == stamp["gpu"]]
+    place = (stamp["gpu"], model)
+    one_split = regime_maps([row for row in mine if row["mode"] in (SERIAL, STATIC)]).get(place, {})
+    lost = {(v.batch, v.context): v.lost for v in verdicts(mine)}
+    cells = sorted(one_split.keys() & lost.keys())
+    if not cells:
+        return []
+    worst = min(cells, key=lambda cell: one_split[cell].speedup)
+    taken, most = 1 / one_split[worst].speedup, max(lost[cell] for cell in cells)
+    why = (
+        f"On {STATIC} whatever the batch, a step takes up to {taken:.2f}x of the serial graph's "
+        f"time ({worst[0]} requests of {worst[1]} tokens). The rule of auto, given the times of "
+        f"each cell, takes at most {most:.1%} longer than the better of serial and the best split, "
+        f"in all {len(cells)} cells."
+    )
+    run = {
+        "model": model,
+        "workload": "decode steps, regime map",
+        "command": f"python -m experiments.bench_pipeline --map --model {model}",
+        "num_gpus": 1,
+    }
+    return [_finding("limit: static split", taken, most <= LOST, why, stamp, **run)]
+
+
+def pressure_findings(rows: Rows, model: str) -> list[Finding]:
+    """Of the newest run over a burst; rows: of back_pressure.csv."""
+    same = _newest_run([row for row in rows if row["model"] == model])
+    found = {row["config"]: Pressure.read(row) for row in same}
+    if not found.keys() >= {BOUNDED, UNBOUNDED}:
+        return []
+    bounded, free = found[BOUNDED], found[UNBOUNDED]
+    why = (
+        f"{bounded.num_requests} prompts at once, decode blocks for "
+        f"{_num_held(bounded)} requests: at most {bounded.peak_backlog} prompts ahead of decode "
+        f"(bound {bounded.max_decode_backlog}), {bounded.num_preemptions} requests preempted, "
+        f"{bounded.computed:.2f}x of the prompts' tokens computed; without bound and promise "
+        f"{free.peak_backlog}, {free.num_preemptions} and {free.computed:.2f}x."
+    )
+    is_lifted = (
+        bounded.peak_backlog <= bounded.max_decode_backlog and bounded.computed <= free.computed
+    )
+    run = {
+        "model": model,
+        "workload": f"{bounded.num_requests} x ({bounded.prompt_len} + {bounded.output_len}), "
+        f"{bounded.num_layers} layers",
+        "command": "python -m experiments.back_pressure",
+        "num_gpus": 2,
+    }
+    ratio = free.computed / bounded.computed
+    return [_finding("limit: no back-pressure", ratio, is_lifted, why, same[-1], **run)]
+
+
+def _num_held(pressure: Pressure) -> int:
+    """Requests that decode's pool holds with all of their tokens."""
+    num_each = -(-(pressure.prompt_len + pressure.output_len) // BLOCK_SIZE)
+    return pressure.num_kv_blocks // num_each
+
+
+def _newest_run(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    stamp = max(rows, key=lambda row: row["date"], default=None)
+    if stamp is None:
+        return []
+    return [row for row in rows if (row["date"], row["commit"]) == (stamp["date"], stamp["commit"])]
 
 
 def _finding(
-    statement: str, ratio: float, is_lifted: bool, why: str, model: str, stamp: Mapping[str, str]
+    statement: str,
+    ratio: float,
+    is_lifted: bool,
+    why: str,
+    stamp: Mapping[str, str],
+    *,
+    num_gpus: int,
+    **run: Any,
 ) -> Finding:
+    """ratio: of what the limit would cost to what there is instead; run: model, workload and
+    command."""
     return Finding(
         claim=9,
         statement=statement,
         claimed="",
-        model=model,
-        workload="one prompt after another",
-        command=f"{COMMAND} {model}",
-        hardware=f"2 x {stamp['gpu']}",
+        **run,
+        hardware=f"{num_gpus} x {stamp['gpu']}",
         commit=stamp["commit"],
         date=stamp["date"],
         one_s="",

@@ -5,8 +5,8 @@
 --measure serves prompts of random tokens with random weights on one device, on two (pd), and on two
 with decode in two stages of a few splits, and appends a row for each to
 experiments/results/pipeline_claims.csv. What the newest row of each says goes to claims.csv, whose
-other claims stay, and is printed; of the limits in claim 9, handoff.csv says something too. A claim
-of a figure holds from 95 % of it on.
+other claims stay, and is printed; of the limits in claim 9, handoff.csv, pipeline.csv and
+back_pressure.csv say something too. A claim of a figure holds from 95 % of it on.
 """
 
 import argparse
@@ -25,7 +25,9 @@ import torch
 
 from engine import LLM, SamplingParams
 from experiments import lifted_limits
+from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
+from experiments.bench_pipeline import Row as StepRow
 from experiments.claims import REACHED, Finding, read_csv, table, write_csv
 from experiments.harness import RESULTS, append_row, environment, read_rows
 from experiments.shapes import SHAPES, write_config
@@ -251,20 +253,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no engine later")
     p.add_argument("--csv", type=Path, default=RESULTS / "pipeline_claims.csv")
     p.add_argument("--handoff", type=Path, default=RESULTS / "handoff.csv")
+    p.add_argument("--steps", type=Path, default=RESULTS / "pipeline.csv")
+    p.add_argument("--pressure", type=Path, default=RESULTS / "back_pressure.csv")
     p.add_argument("--claims", type=Path, default=RESULTS / "claims.csv")
     args = p.parse_args(argv)
     try:
         if args.measure:
             _measure_all(args)
         found = findings(*newest(args.csv, args.model))
-        if args.handoff.exists():
-            columns = [*HandoffReading.__dataclass_fields__, *environment("cpu")]
-            found += lifted_limits.findings(read_rows(args.handoff, columns), args.model)
+        found += _limits(args)
         kept = read_csv(args.claims) if args.claims.exists() else []
         write_csv(args.claims, [f for f in kept if f.claim not in NUMBERS] + found)
         print(table(read_csv(args.claims)))
     except ValueError as error:
         p.error(str(error))
+
+
+def _limits(args: argparse.Namespace) -> list[Finding]:
+    """What other results say of claim 9, those that are there."""
+    kinds = (
+        (args.handoff, HandoffReading, lifted_limits.handoff_findings),
+        (args.steps, StepRow, lifted_limits.split_findings),
+        (args.pressure, Pressure, lifted_limits.pressure_findings),
+    )
+    return [
+        finding
+        for path, kind, findings_of in kinds
+        if path.exists()
+        for finding in findings_of(
+            read_rows(path, [*kind.__dataclass_fields__, *environment("cpu")]), args.model
+        )
+    ]
 
 
 def _measure_all(args: argparse.Namespace) -> None:

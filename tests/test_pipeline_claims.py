@@ -6,7 +6,9 @@ import pytest
 
 from experiments import claims as other_claims
 from experiments import lifted_limits
+from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
+from experiments.bench_pipeline import Row as StepRow
 from experiments.claims import read_csv, write_csv
 from experiments.harness import append_row
 from experiments.pipeline_claims import ASKED, NUM_PROMPTS, Row, configs, findings, main, newest
@@ -64,7 +66,9 @@ def test_other_claims_stay(tmp_path, capsys):
     for row in rows(SLOW):
         append_row(source, asdict(row) | STAMP)
     for _ in range(2):
-        main(["--csv", str(source), "--claims", str(claims), "--handoff", str(tmp_path / "none")])
+        others = ("--handoff", "--steps", "--pressure")
+        none = [part for name in others for part in (name, str(tmp_path / "none"))]
+        main(["--csv", str(source), "--claims", str(claims), *none])
     assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
     assert "| 5 | pipeline on PD, 4 prompts x 64, 48:84 | Qwen3-0.6B | 1.70x | 0.80x" in (
         capsys.readouterr().out
@@ -95,14 +99,56 @@ SENT = [
 
 
 def test_readings_of_hand_overs_say_which_limits_are_lifted():
-    copies, memory = lifted_limits.findings(SENT, "Qwen3-0.6B")
+    copies, memory = lifted_limits.handoff_findings(SENT, "Qwen3-0.6B")
     assert (copies.claim, copies.verdict) == (9, "lifted")
     assert copies.over_one == f"{1.12 / 1.01:.2f}" and "at most 1.0%" in copies.why
     assert "128 to 4096 tokens" in copies.why and "up to 12.0%" in copies.why
     assert (memory.verdict, memory.over_one) == ("lifted", "1.60")
     slow = [*SENT[:4], sent("push", 1024, 0.3)]
-    assert lifted_limits.findings(slow, "Qwen3-0.6B")[0].verdict == "stands"
-    assert lifted_limits.findings(SENT, "Qwen3-4B") == []
+    assert lifted_limits.handoff_findings(slow, "Qwen3-0.6B")[0].verdict == "stands"
+    assert lifted_limits.handoff_findings(SENT, "Qwen3-4B") == []
+
+
+def step(mode: str, ms: float, batch: int = 512, **more) -> dict[str, str]:
+    """A row of pipeline.csv; a split is "48:84"."""
+    sms = mode.partition(":")[::2] if ":" in mode else ("", "")
+    row = dict.fromkeys(StepRow.__dataclass_fields__, "") | STAMP
+    row |= {"model": "Qwen3-0.6B", "batch": str(batch), "context": "4096", "mode": mode}
+    row |= {"qkv_stage": "attention", "o_stage": "ffn", "num_micro_batches": "2"}
+    row |= {"attention_sms": sms[0], "ffn_sms": sms[1]}
+    row |= {"num_layers": "28", "ends_ms": "1.0", "ms_p50": str(ms)}
+    return row | {"gpu": "one of no known rates"} | more
+
+
+def test_one_split_for_all_is_held_against_the_rule():
+    map_rows = [
+        step("serial", 10.0),
+        step("48:84", 12.5),
+        step("32:100", 9.0),
+        step("serial", 10.0, batch=1024),
+        step("48:84", 9.5, batch=1024),
+        step("serial", 10.0, gpu="another", date="2020-01-01 00:00"),
+        step("48:84", 90.0, gpu="another", date="2020-01-01 00:00"),
+    ]
+    (found,) = lifted_limits.split_findings(map_rows, "Qwen3-0.6B")
+    assert (found.claim, found.statement, found.verdict) == (9, "limit: static split", "lifted")
+    assert found.over_one == "1.25" and "(512 requests of 4096 tokens)" in found.why
+    assert "at most 0.0% longer" in found.why and "all 2 cells" in found.why
+    assert lifted_limits.split_findings(map_rows, "Qwen3-4B") == []
+    assert lifted_limits.split_findings([step("serial", 10.0)], "Qwen3-0.6B") == []
+
+
+def test_a_burst_says_whether_prefill_is_held_back():
+    row = dict.fromkeys(Pressure.__dataclass_fields__, "8") | STAMP
+    row |= {"model": "Qwen3-0.6B", "config": "bounded", "computed": "1.0", "seconds": "1.0"}
+    free = row | {"config": "unbounded", "peak_backlog": "30", "computed": "1.5"}
+    (found,) = lifted_limits.pressure_findings([row, free], "Qwen3-0.6B")
+    assert (found.statement, found.verdict) == ("limit: no back-pressure", "lifted")
+    assert found.over_one == "1.50" and "at most 8 prompts ahead of decode (bound 8)" in found.why
+    over = row | {"peak_backlog": "9"}
+    (found,) = lifted_limits.pressure_findings([over, free], "Qwen3-0.6B")
+    assert found.verdict == "stands"
+    assert lifted_limits.pressure_findings([row], "Qwen3-0.6B") == []
 
 
 def test_without_rows_or_gpus_nothing_is_written(tmp_path, capsys, monkeypatch):
