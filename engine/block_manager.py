@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from engine.config import check_int
+from engine.free_blocks import FreeBlocks
+
+# Part of the pool that is evicted at once: neighbours, as a rule, that make a run. Each on its own,
+# in the order in which they were used, they would leave holes.
+EVICTED_PART = 20
 
 
 @dataclass(slots=True)
@@ -31,7 +36,8 @@ class BlockManager:
     """Grants KV blocks, counts who refers to them, and finds cached prefixes.
 
     A block is referred to by one request or more, or it is free. A free block whose content is
-    still known stays findable until it is granted anew, the least recently used first.
+    still known stays findable until free blocks of unknown content have run out: then the least
+    recently used ones are forgotten, as many as are needed or an EVICTED_PART-th of all blocks.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
@@ -42,7 +48,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._holdings: dict[int, _Holding] = {}
         self._ref_counts = [0] * num_blocks
-        self._blank = list(range(num_blocks))[::-1]  # free, content unknown; a stack
+        self._blank = FreeBlocks(num_blocks)  # content unknown
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, findable; oldest first
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}  # the inverse
@@ -205,23 +211,24 @@ class BlockManager:
             self._digest_of[block] = digest
 
     def _grant(self, num_blocks: int) -> list[int]:
-        """Take so many free blocks, which there must be: of unknown content as far as they go, then
-        the least recently used ones."""
-        first = max(0, len(self._blank) - num_blocks)
-        blocks = self._blank[first:][::-1]
-        del self._blank[first:]
-        for _ in range(num_blocks - len(blocks)):
-            block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._digest_of.pop(block)]
-            blocks.append(block)
+        """Take so many free blocks, which there must be."""
+        num_missing = num_blocks - len(self._blank)
+        if num_missing > 0:
+            self._evict(min(len(self._cached), max(num_missing, self.num_blocks // EVICTED_PART)))
+        blocks = self._blank.take(num_blocks)
         for block in blocks:
             self._ref_counts[block] = 1
         return blocks
 
+    def _evict(self, num_blocks: int) -> None:
+        """Forget the content of so many cached blocks, the least recently used ones."""
+        blocks = [self._cached.popitem(last=False)[0] for _ in range(num_blocks)]
+        for block in blocks:
+            del self._block_of[self._digest_of.pop(block)]
+        self._blank.put(blocks)
+
     def _free(self, blocks: Sequence[int]) -> None:
         """Take these back, to whom nobody refers any more."""
-        for block in blocks:
-            if block in self._digest_of:
-                self._cached[block] = None
-            else:
-                self._blank.append(block)
+        known = [block for block in blocks if block in self._digest_of]
+        self._cached.update(dict.fromkeys(known))
+        self._blank.put(block for block in blocks if block not in self._digest_of)
