@@ -111,11 +111,26 @@ def pressure_findings(rows: Rows, model: str) -> list[Finding]:
         "model": model,
         "workload": f"{bounded.num_requests} x ({bounded.prompt_len} + {bounded.output_len}), "
         f"{bounded.num_layers} layers",
-        "command": "python -m experiments.back_pressure",
+        "command": _pressure_command(bounded, same[-1]),
         "num_gpus": 2,
     }
     ratio = free.computed / bounded.computed
     return [_finding("limit: no back-pressure", ratio, is_lifted, why, same[-1], **run)]
+
+
+def _pressure_command(bounded: Pressure, stamp: Mapping[str, str]) -> str:
+    sizes = {
+        "model": bounded.model,
+        "layers": bounded.num_layers,
+        "device": "cpu" if stamp["gpu"].startswith("cpu") else "cuda",
+        "requests": bounded.num_requests,
+        "prompt": bounded.prompt_len,
+        "output": bounded.output_len,
+        "held": _num_held(bounded),
+        "backlog": bounded.max_decode_backlog,
+    }
+    flags = [f"--{name} {value}" for name, value in sizes.items()]
+    return " ".join(["python -m experiments.back_pressure", *flags])
 
 
 def _num_held(pressure: Pressure) -> int:

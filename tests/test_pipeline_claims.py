@@ -145,6 +145,7 @@ def test_a_burst_says_whether_prefill_is_held_back():
     (found,) = lifted_limits.pressure_findings([row, free], "Qwen3-0.6B")
     assert (found.statement, found.verdict) == ("limit: no back-pressure", "lifted")
     assert found.over_one == "1.50" and "at most 8 prompts ahead of decode (bound 8)" in found.why
+    assert found.command.endswith("--prompt 8 --output 8 --held 8 --backlog 8")
     over = row | {"peak_backlog": "9"}
     (found,) = lifted_limits.pressure_findings([over, free], "Qwen3-0.6B")
     assert found.verdict == "stands"
