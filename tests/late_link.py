@@ -1,8 +1,9 @@
 """Copies that end late and out of order in a running engine, and NaN in every block nobody owns.
 
 On the CPU a copy is over when it is started. Here it moves nothing before it is allowed to end, and
-its target is NaN until then; so is each block that is given back, and each that is granted. What is
-read too early, or freed too early, is therefore not a number, and no token comes out of it.
+its target is NaN until then; so is each block that is given back, and each that is granted, on a
+GPU too. What is read too early, or freed too early, is therefore not a number, and no token comes
+out of it.
 """
 
 import random
@@ -12,6 +13,7 @@ from types import MethodType
 import torch
 
 from engine.block_manager import BlockManager
+from engine.device import DeviceStream
 from engine.handoff import KVLink
 from engine.kv_cache import KVCache
 from engine.pd_core import PDCore
@@ -77,28 +79,37 @@ def at_random(seed: int, probability: float = 0.3) -> Callable[[], bool]:
     return lambda: rng.random() < probability
 
 
-@torch.inference_mode()
 def poison(core: PDCore) -> None:
-    """NaN in what nobody owns, from now on."""
-    sides = (core.leases.prefill, core.prefill.kv_cache), (core.leases.decode, core.decode.kv_cache)
-    for manager, kv_cache in sides:
-        kv_cache.blocks.fill_(NAN)
-        _poison_returned(manager, kv_cache)
+    """NaN in what nobody owns, from now on; on a GPU in the order of each side's launches, for
+    which copies wait."""
+    for side, manager, kv_cache in (
+        (core._prefill_side, core.leases.prefill, core.prefill.kv_cache),
+        (core._decode_side, core.leases.decode, core.decode.kv_cache),
+    ):
+        with side.active():
+            kv_cache.blocks.fill_(NAN)
+        _poison_returned(core, side, manager, kv_cache)
+    core._fence = core._decode_side.record()
 
 
-def _poison_returned(manager: BlockManager, kv_cache: KVCache) -> None:
-    @torch.inference_mode()
+def _poison_returned(
+    core: PDCore, side: DeviceStream, manager: BlockManager, kv_cache: KVCache
+) -> None:
+    def fill(blocks: Sequence[int]) -> None:
+        with side.active():
+            for block in blocks:  # one by one: a list of indices would make the host wait
+                kv_cache.blocks[block] = NAN
+        if side is core._decode_side:  # a copy into one of them comes behind
+            core._fence = side.record()
+
     def grant(self: BlockManager, num_blocks: int) -> list[int]:
         blocks = BlockManager._grant(self, num_blocks)
-        for block in blocks:  # one by one: a list of indices would make the host wait
-            kv_cache.blocks[block] = NAN
+        fill(blocks)
         return blocks
 
-    @torch.inference_mode()
     def free(self: BlockManager, blocks: Sequence[int]) -> None:
         BlockManager._free(self, blocks)
-        for block in blocks:
-            if block not in self._cached:  # what it holds can still be found otherwise
-                kv_cache.blocks[block] = NAN
+        # what a cached one holds can still be found
+        fill([block for block in blocks if block not in self._cached])
 
     manager._grant, manager._free = MethodType(grant, manager), MethodType(free, manager)

@@ -14,6 +14,7 @@ from engine.pd_core import MAX_CHUNKS, NUM_PUSH_GROUPS, PUSH_TOKENS
 from engine.prefill import PrefillWorker, all_token_buckets
 from engine.request import RequestState
 from experiments.shapes import write_config
+from tests import late_link
 from tests.late_link import NAN
 from tests.test_gpu_engine import (
     CHANGES,
@@ -57,9 +58,9 @@ def poison(llm: LLM) -> None:
 
 @contextmanager
 def pd_llm(folder: Path, **options):
-    """Poisoned pools, and at the end all blocks back."""
+    """NaN in every block that nobody owns, all the time, and at the end all blocks back."""
     with gpu_llm(folder, **{"enable_two_gpu_pd": True} | options) as llm:
-        poison(llm)
+        late_link.poison(llm._core)
         yield llm
         assert_idle(llm)
 
