@@ -1,6 +1,7 @@
 """Set-up of every test: where kernels run, poisoned allocations, hypothesis profiles."""
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read where @triton.jit decorates, so before `kernels`
+    if importlib.util.find_spec("triton"):  # Linux alone
+        from tests.patch_once import speed_up_interpreter
+
+        speed_up_interpreter()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one thread per worker: more would fight over the same cores

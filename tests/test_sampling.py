@@ -69,7 +69,11 @@ def draw_logits(kind: str, seed: int, num_rows: int, V: int, dtype: torch.dtype)
 
 
 # examples of tests that the interpreter makes slow
-FEW = settings.default.max_examples if DEVICE == "cuda" else 10
+FEW = settings.default.max_examples if DEVICE == "cuda" else 6
+SOME = settings.default.max_examples if DEVICE == "cuda" else 18
+DRAWS = 4 if DEVICE == "cuda" else 2  # what such tests make fewer of
+# of rows alike: the two whose numbers, 0.96 and 0.98, show where low logits are missing
+SEEDS = (0, 1, 2, 3, 7, 10) if DEVICE == "cuda" else (7, 10)
 kinds = st.sampled_from(["plain", "spread", "ties", "equal", "masked", "extreme"])
 
 
@@ -126,6 +130,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sampling, name, value)
 
 
+@settings(max_examples=SOME)
 @given(
     batch=st.lists(rows, max_size=4),
     V=vocab_sizes,
@@ -149,10 +154,11 @@ def test_sample_matches_reference(batch, V, kind, spread, give_out, dtype, seed)
     tokens = kernels.sample(logits, *params, out=out)
     assert out is None or tokens is out
     assert_sampled(tokens, logits, params)
-    assert torch.equal(kernels.sample(logits, *params), tokens)
+    if give_out or DEVICE == "cuda":  # the interpreter runs programs in order, and finds little
+        assert torch.equal(kernels.sample(logits, *params), tokens)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SOME, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.lists(rows, min_size=1, max_size=3),
     V=st.integers(1, 300),
@@ -181,8 +187,8 @@ def misleading_row() -> Tensor:
 def test_top_p_where_the_index_misleads(small_pieces, monkeypatch, room, top_p):
     """The value that it suggests is too high: a lower one is found, or the row is searched."""
     monkeypatch.setattr(sampling, "MAX_CANDIDATES", room)
-    logits = misleading_row().expand(4, -1).contiguous()
-    params = tensors([Row(top_p=top_p, seed=n) for n in range(4)])
+    logits = misleading_row().expand(len(SEEDS), -1).contiguous()
+    params = tensors([Row(top_p=top_p, seed=n) for n in SEEDS])
     assert_sampled(kernels.sample(logits, *params), logits, params)
 
 
@@ -191,8 +197,8 @@ def test_top_p_where_the_index_misleads(small_pieces, monkeypatch, room, top_p):
 @pytest.mark.parametrize("V", [300, 3000])
 def test_mass_far_below_what_every_group_reaches_is_found(V, top_p, temperature):
     """Flat rows: the index has nothing to say of logits in groups that all reach a value."""
-    logits = draw_logits("spread", 0, 4, V, torch.float32)
-    params = tensors([Row(temperature, top_p=top_p, seed=n) for n in range(4)])
+    logits = draw_logits("spread", 0, len(SEEDS), V, torch.float32)
+    params = tensors([Row(temperature, top_p=top_p, seed=n) for n in SEEDS])
     assert_sampled(kernels.sample(logits, *params), logits, params)
 
 
@@ -264,6 +270,7 @@ def test_workspace_is_reused_from_batch_to_batch(batches, V, dtype, seed):
             scratch.fill_(INF if scratch.is_floating_point() else -1)
 
 
+@settings(max_examples=SOME)
 @given(batch=st.lists(rows, min_size=3, max_size=3), V=st.integers(1, 300), dtype=dtypes)
 @example([Row(0.0), Row(1.0), Row(1.0, 2, 0.5, 0.1)], 300, torch.float16)
 def test_rows_that_are_no_numbers_still_name_a_token(batch, V, dtype):
@@ -278,11 +285,12 @@ def test_rows_that_are_no_numbers_still_name_a_token(batch, V, dtype):
 
 def test_a_forbidden_token_is_never_drawn():
     """-inf stays out however hot the row, and a row of -inf alone still names a token."""
-    logits = torch.full((200, 40), -INF, device=DEVICE)
-    logits[:100, [7, 39]] = torch.tensor([-1e30, -1e30], device=DEVICE)
-    tokens = kernels.sample(logits, *tensors([Row(3.0, seed=n) for n in range(200)]))
-    assert set(tokens[:100].tolist()) <= {7, 39}
-    assert set(tokens[100:].tolist()) == {0}
+    num_each = 25 * DRAWS
+    logits = torch.full((2 * num_each, 40), -INF, device=DEVICE)
+    logits[:num_each, [7, 39]] = torch.tensor([-1e30, -1e30], device=DEVICE)
+    tokens = kernels.sample(logits, *tensors([Row(3.0, seed=n) for n in range(2 * num_each)]))
+    assert set(tokens[:num_each].tolist()) <= {7, 39}
+    assert set(tokens[num_each:].tolist()) == {0}
 
 
 def test_the_ends_of_the_interval_draw_kept_tokens(monkeypatch):
@@ -337,8 +345,9 @@ def test_limited_tokens_are_drawn_in_their_proportions(small_pieces):
 )
 def test_every_kept_token_is_drawn_and_no_other(row, kept):
     probs = torch.tensor([0.02, 0.03, 0.05, 0.05, 0.05, 0.1, 0.3, 0.4])
-    logits = probs.log().to(DEVICE, torch.float16).expand(40, 8).contiguous()
-    tokens = kernels.sample(logits, *tensors([replace(row, seed=n) for n in range(40)]))
+    num_draws = 10 * DRAWS
+    logits = probs.log().to(DEVICE, torch.float16).expand(num_draws, 8).contiguous()
+    tokens = kernels.sample(logits, *tensors([replace(row, seed=n) for n in range(num_draws)]))
     assert set(tokens.tolist()) == kept
 
 
