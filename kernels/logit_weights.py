@@ -8,13 +8,14 @@ MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # weights under 2 ** -126 of the largest are flushed to zero: what is below is never drawn
 OCTAVES = tl.constexpr(126.0)
+ALL_BITS = tl.constexpr(0xFFFFFFFF)  # ~x as x ^ ALL_BITS: Triton 3.6's interpreter knows no other
 
 
 @triton.jit
 def float_to_cell(x, SHIFT: tl.constexpr):
     """An int64 that orders as the fp32 values do, without the bits that their dtype leaves zero."""
     bits = x.to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) != 0, bits ^ ALL_BITS, bits | 0x80000000)
     return (key >> SHIFT).to(tl.int64)
 
 
@@ -22,7 +23,7 @@ def float_to_cell(x, SHIFT: tl.constexpr):
 def cell_to_float(cell, SHIFT: tl.constexpr):
     """The least fp32 value of a cell: each holds one value of the dtype."""
     key = (cell << SHIFT).to(tl.uint32)
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
+    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, key ^ ALL_BITS)
     # keys under that of -inf stand for NaNs
     return tl.where(key < 0x007FFFFF, -INF, bits.to(tl.float32, bitcast=True))
 
