@@ -229,6 +229,10 @@ class BlockManager:
 
     def _free(self, blocks: Sequence[int]) -> None:
         """Take these back, to whom nobody refers any more."""
-        known = [block for block in blocks if block in self._digest_of]
-        self._cached.update(dict.fromkeys(known))
-        self._blank.put(block for block in blocks if block not in self._digest_of)
+        blank = []
+        for block in blocks:
+            if block in self._digest_of:
+                self._cached[block] = None
+            else:
+                blank.append(block)
+        self._blank.put(blank)

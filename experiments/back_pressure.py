@@ -16,7 +16,7 @@ for each goes to experiments/results/back_pressure.csv.
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,6 @@ class Pressure:
     num_preemptions: int
     computed: float
     seconds: float
-
-    @classmethod
-    def read(cls, row: Mapping[str, str]) -> "Pressure":
-        """From the CSV, whose other columns are the stamp."""
-        kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()}
-        return cls(**{name: kind(row[name]) for name, kind in kinds.items()})
 
 
 def measure(args: argparse.Namespace, folder: Path, config: str) -> Pressure:

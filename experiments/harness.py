@@ -5,15 +5,18 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
+
+T = TypeVar("T")
 
 
 def environment(device: torch.device | str) -> dict[str, str]:
@@ -75,6 +78,12 @@ def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
         if reader.fieldnames != columns:
             raise ValueError(f"{path} must have the columns {columns}, got {reader.fieldnames}")
         return list(reader)
+
+
+def read_as(kind: type[T], row: Mapping[str, str]) -> T:
+    """A row as the dataclass of its measurement, of plain types alone; the other columns are the
+    stamp."""
+    return kind(**{field.name: field.type(row[field.name]) for field in fields(kind)})
 
 
 def table(rows: list[Mapping[str, Any]], columns: list[str]) -> str:

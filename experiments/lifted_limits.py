@@ -9,6 +9,7 @@ from engine.pipeline_stats import SERIAL
 from experiments.auto_rule import is_usual, verdicts
 from experiments.back_pressure import BLOCK_SIZE, BOUNDED, UNBOUNDED, Pressure
 from experiments.claims import Finding
+from experiments.harness import read_as
 from experiments.pipeline_figures import regime_maps
 
 EXPOSED = 0.02  # of a prompt's prefill: what a hand-over may keep decode waiting
@@ -93,7 +94,7 @@ def split_findings(rows: Rows, model: str) -> list[Finding]:
 def pressure_findings(rows: Rows, model: str) -> list[Finding]:
     """Of the newest run over a burst; rows: of back_pressure.csv."""
     same = _newest_run([row for row in rows if row["model"] == model])
-    found = {row["config"]: Pressure.read(row) for row in same}
+    found = {row["config"]: read_as(Pressure, row) for row in same}
     if not found.keys() >= {BOUNDED, UNBOUNDED}:
         return []
     bounded, free = found[BOUNDED], found[UNBOUNDED]

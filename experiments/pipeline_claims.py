@@ -29,7 +29,7 @@ from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
 from experiments.bench_pipeline import Row as StepRow
 from experiments.claims import REACHED, Finding, read_csv, table, write_csv
-from experiments.harness import RESULTS, append_row, environment, read_rows
+from experiments.harness import RESULTS, append_row, environment, read_as, read_rows
 from experiments.shapes import SHAPES, write_config
 
 ASKED = "16:16"  # as the design set them
@@ -54,12 +54,6 @@ class Row:
     seconds: float  # medians over repeats
     tpot_ms: float
     partitioning: str  # what the engine says of itself
-
-    @classmethod
-    def read(cls, row: Mapping[str, str]) -> "Row":
-        """From the CSV, whose other columns are the stamp."""
-        kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()}
-        return cls(**{name: kind(row[name]) for name, kind in kinds.items()})
 
 
 def configs() -> dict[str, dict[str, Any]]:
@@ -241,7 +235,7 @@ def newest(path: Path, model: str) -> tuple[dict[tuple[str, int], Row], dict[str
         raise ValueError(f"{path} must hold rows of {model}, got none")
     last = rows[-1]
     same = [row for row in rows if (row["commit"], row["gpu"]) == (last["commit"], last["gpu"])]
-    return {(row["config"], int(row["prompts"])): Row.read(row) for row in same}, last
+    return {(row["config"], int(row["prompts"])): read_as(Row, row) for row in same}, last
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,8 +47,8 @@ MAX_BLOCK_B = 256  # of the pipeline, which looks at more requests one part afte
 # of the plain kernel
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
-# Of a thread, for heads wider than 128, of which no third program fits: left to itself, ptxas may
-# spill so that it would.
+# Of a thread, for 16-bit heads wider than 128, of which no third program fits: left to itself,
+# ptxas may spill so that it would. In fp32 it spills with this limit, and not without.
 MAX_REGISTERS_OF_WIDE = 255
 
 # Of the pipeline: programs of one warp each, whose rings fill shared memory. On an H100 as fast as

@@ -4,7 +4,7 @@ import pytest
 
 from experiments import workloads
 from experiments.back_pressure import Pressure, main
-from experiments.harness import environment, read_rows
+from experiments.harness import environment, read_as, read_rows
 from experiments.shapes import SHAPES
 
 SMALL = {
@@ -27,7 +27,7 @@ def rows(tmp_path, monkeypatch) -> list[Pressure]:
     argv = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     main(["--device", "cpu", "--out", str(out), *argv])
     columns = [*Pressure.__dataclass_fields__, *environment("cpu")]
-    return [Pressure.read(row) for row in read_rows(out, columns)]
+    return [read_as(Pressure, row) for row in read_rows(out, columns)]
 
 
 def test_bound_and_promise_keep_prompts_from_being_computed_twice(rows):
