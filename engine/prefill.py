@@ -8,6 +8,7 @@ request, so that attention neither reads nor writes its row, and all other kerne
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +70,14 @@ class Segment(NamedTuple):
     draws: bool
 
 
-def segments(num_layers: int, num_groups: int) -> list[Segment]:
-    """One for all, or layers in groups of about equal size, and the draw apart so that the last
-    group need not wait for it."""
-    if num_groups == 1:
+def segments(num_layers: int, groups: Sequence[int]) -> list[Segment]:
+    """One for all, or layers in groups of about these sizes, one to another, and the draw apart so
+    that the last group need not wait for it."""
+    if len(groups) == 1:
         return [Segment(range(num_layers), True)]
-    ends = [num_layers * (i + 1) // num_groups for i in range(num_groups)]
-    groups = [range(a, b) for a, b in zip([0, *ends], ends, strict=False) if a < b]
-    return [*(Segment(group, False) for group in groups), Segment(range(0), True)]
+    ends = [num_layers * end // sum(groups) for end in accumulate(groups)]
+    parts = [range(a, b) for a, b in pairwise([0, *ends]) if a < b]
+    return [*(Segment(part, False) for part in parts), Segment(range(0), True)]
 
 
 class PrefillWorker:
@@ -93,12 +94,12 @@ class PrefillWorker:
         graph_pool: GraphPool | None,
         device: torch.device,
         graph_rows: int = GRAPH_ROWS,
-        num_layer_groups: int = 1,
+        layer_groups: Sequence[int] = (1,),
     ) -> None:
         """buffers: for as many tokens and sampled rows as one launch may have; buckets: the token
         counts, rising, to which launches are padded; graph_pool: see `StepGraphs`, None for padded
         launches without graphs; graph_rows: chunks that a padded launch may have;
-        num_layer_groups: parts that a launch is cut into, see `launch`."""
+        layer_groups: the parts that a launch is cut into, see `segments` and `launch`."""
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.buffers = buffers
@@ -109,7 +110,7 @@ class PrefillWorker:
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._host = HostBuffers(device)
         self._num_rows = min(graph_rows, max_rows)
-        self._segments = segments(decoder.config.num_layers, num_layer_groups)
+        self._segments = segments(decoder.config.num_layers, layer_groups)
         self._max_blocks = -(-max_model_len // kv_cache.block_size)
         self._inputs = {size: StaticInputs(self._fields(size), device) for size in self.buckets}
 

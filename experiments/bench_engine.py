@@ -3,12 +3,14 @@
     python -m experiments.bench_engine --model Qwen3-0.6B --configs one replicas pd [--quick]
 
 Configurations: `one` device; `replicas`, two engines that each do all, one per GPU, requests dealt
-out in turn; `pd`, prefill on GPU 0 and decode on GPU 1. Each engine has a process of its own, and
+out in turn; `pd`, prefill on GPU 0 and decode on GPU 1; `pd_pipeline`, the same with decode in two
+stages, on as many SMs each as `LLM` gives them unasked. Each engine has a process of its own, and
 clocks start when all are up and have rehearsed the workload; time runs to the end of the last.
 Where both are asked for, `one` is the first of the replicas, while the other one is idle.
 
-An engine decodes --max-num-seqs requests at a time, `pd` twice as many: it has one decode GPU for
-all requests, and so as many in flight as the replicas together. The column says how many it were.
+An engine decodes --max-num-seqs requests at a time, with PD twice as many: it has one decode GPU
+for all requests, and so as many in flight as the replicas together. The column says how many it
+were.
 
 Workloads: experiments/workloads.py, in the order of WORKLOADS, the most telling ones first. Short
 ones are read again until READ_SECONDS are measured. Poisson arrivals come at each of --loads times

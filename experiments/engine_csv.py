@@ -26,7 +26,7 @@ class EngineReading:
 
     model: str
     workload: str
-    config: str  # one | replicas | pd
+    config: str  # one of engine_sets.CONFIGS
     gpus: int
     max_num_seqs: int  # of each engine: requests that decode at a time
     load: float | None = None  # of Poisson arrivals: their rate as a share of the capacity

@@ -10,7 +10,10 @@ from experiments.workloads import CLOSED, Workload
 
 READ_SECONDS = 2.0  # some workloads last less than half a second: one reading says little
 MAX_READINGS = 8
-CONFIGS = ("one", "replicas", "pd")  # in the order of a run: pd takes the rates of replicas
+PD = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
+# options of one engine over both devices, by configuration
+ON_BOTH = {"pd": PD, "pd_pipeline": {**PD, "enable_decode_pipeline": True}}
+CONFIGS = ("one", "replicas", *ON_BOTH)  # in the order of a run: pd takes the rates of replicas
 
 Reading = dict[str, Any]  # columns of engine.csv
 
@@ -19,9 +22,8 @@ def engine_options(config: str, device: str, max_num_seqs: int = 256) -> list[di
     """Options of each engine's LLM. device: cpu, or cuda for the GPUs 0 and 1; max_num_seqs:
     requests that decode at a time on a GPU that does all; one that only decodes has twice as
     many."""
-    if config == "pd":
-        both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
-        return [{"device": device, "max_num_seqs": 2 * max_num_seqs} | both]
+    if config in ON_BOTH:
+        return [{"device": device, "max_num_seqs": 2 * max_num_seqs} | ON_BOTH[config]]
     num_engines = {"one": 1, "replicas": 2}[config]
     devices = ["cpu" if device == "cpu" else f"cuda:{i}" for i in range(num_engines)]
     return [{"device": device, "max_num_seqs": max_num_seqs} for device in devices]
@@ -77,7 +79,7 @@ def engine_sets(
     """Sets for these configurations, in the order of a run; all processes are started, none is on a
     device yet. options: of every engine; device, max_num_seqs: see `engine_options`."""
     mixed = [config for config in ("one", "replicas") if config in configs]
-    together = [mixed] * bool(mixed) + [["pd"]] * ("pd" in configs)
+    together = [mixed] * bool(mixed) + [[config] for config in ON_BOTH if config in configs]
     return [
         EngineSet(
             folder,

@@ -12,7 +12,7 @@ from engine.build import ops_of
 from engine.device import Span
 from engine.handoff import KVLink, Way, has_peer_access
 from engine.handoff_queue import HandoffQueue
-from engine.pd_core import NUM_PUSH_GROUPS, PUSH_TOKENS, PDCore
+from engine.pd_core import PUSH_GROUPS, PUSH_TOKENS, PDCore
 from engine.prefill import segments
 from engine.request import Request
 from experiments.timing import Times
@@ -57,7 +57,7 @@ class HandoffTimer:
         is_cuda = device.type == "cuda"
         self._held = torch.empty(HOLD_BYTES * is_cuda, dtype=torch.uint8, device=device)
         self._num_holds = NUM_HOLDS
-        parts = segments(core.model_config.num_layers, NUM_PUSH_GROUPS)
+        parts = segments(core.model_config.num_layers, PUSH_GROUPS)
         self._groups = [part.layers for part in parts if part.layers]
         self._rng = random.Random(0)
         for cache in (source, target) if is_cuda else ():

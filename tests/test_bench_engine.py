@@ -62,8 +62,8 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
     out = tmp_path / "results" / "engine.csv"
     out.parent.mkdir()
     out.write_text(f"{FORMER_HEADERS[0]}\n{FIRST}\n")
-    options = ["--configs", "pd", "replicas", "one", "--loads", "0.2", "0.4", "--max-num-seqs", "4"]
-    options += ["--workloads", "poisson-1024-128", "decode-heavy-4"]
+    options = ["--configs", "pd_pipeline", "pd", "replicas", "one", "--loads", "0.2", "0.4"]
+    options += ["--workloads", "poisson-1024-128", "decode-heavy-4", "--max-num-seqs", "4"]
     bench_engine.main([*argv, *options])
     first, *rows = read_engine_csv(out)
     assert (first.model, first.config) == ("Qwen3-8B", "one")
@@ -74,6 +74,8 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
         ("replicas", 2, 4, "poisson-1024-128"): 2,
         ("pd", 2, 8, "decode-heavy-4"): 2,
         ("pd", 2, 8, "poisson-1024-128"): 2,
+        ("pd_pipeline", 2, 8, "decode-heavy-4"): 2,
+        ("pd_pipeline", 2, 8, "poisson-1024-128"): 2,
     }
     assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny"
     assert rows[0].gpu.startswith("cpu ") and rows[0].commit
@@ -84,7 +86,7 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
     capacity = max(6 / r.seconds for r in rows if r.workload == "burst-20-4")
     arrivals = [r for r in rows if r.load is not None]
     assert [(r.config, r.load) for r in arrivals] == [
-        (config, load) for config in ("replicas", "pd") for load in (0.2, 0.4)
+        (config, load) for config in CONFIGS[1:] for load in (0.2, 0.4)
     ]
     for r in arrivals:
         assert r.rate == pytest.approx(r.load * capacity, rel=0.01)
@@ -93,7 +95,7 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
         assert r.goodput_req_s <= 1.01 * r.requests / r.seconds
     printed = capsys.readouterr().out
     assert "tiny one and replicas: up" in printed and "tiny pd: up" in printed
-    assert len(printed.splitlines()) == 1 + 2 + 3 + 5  # header, sets, closed, of Poisson arrivals
+    assert len(printed.splitlines()) == 1 + 3 + 4 + 7  # header, sets, closed, of Poisson arrivals
     claims.main(["--from", str(out), "--model", "tiny", "--csv", str(tmp_path / "claims.csv")])
     assert "| 3 | decode-heavy, 4 prompts, throughput | tiny | 1.20x |" in capsys.readouterr().out
 
@@ -210,13 +212,15 @@ def test_time_is_shared_out_and_no_workload_begun_behind_it(argv, tmp_path, inst
 
 
 def test_configurations():
-    assert [len(engine_options(config, "cuda")) for config in CONFIGS] == [1, 2, 1]
+    assert [len(engine_options(config, "cuda")) for config in CONFIGS] == [1, 2, 1, 1]
     one, other = ({"device": f"cuda:{i}", "max_num_seqs": 256} for i in range(2))
     assert engine_options("one", "cuda") == [one]
     assert engine_options("replicas", "cuda") == [one, other]
     assert engine_options("replicas", "cpu", 8) == [{"device": "cpu", "max_num_seqs": 8}] * 2
     both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
-    assert engine_options("pd", "cpu", 8) == [{"device": "cpu", "max_num_seqs": 16} | both]
+    pd = {"device": "cpu", "max_num_seqs": 16} | both
+    assert engine_options("pd", "cpu", 8) == [pd]
+    assert engine_options("pd_pipeline", "cpu", 8) == [pd | {"enable_decode_pipeline": True}]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from engine import LLM, SamplingParams, handoff
 from engine.config import EngineConfig
 from engine.handoff import has_peer_access
-from engine.pd_core import MAX_CHUNKS, NUM_PUSH_GROUPS, PUSH_TOKENS
+from engine.pd_core import MAX_CHUNKS, PUSH_GROUPS, PUSH_TOKENS
 from engine.prefill import PrefillWorker, all_token_buckets
 from engine.request import RequestState
 from experiments.shapes import write_config
@@ -106,7 +106,7 @@ def test_every_launch_is_a_graph_and_near_what_one_device_says(
         wanted = llm.generate(prompts, params)
     with pd_llm(folder, kv_handoff=kv_handoff, **options) as llm:
         captured = llm._core.prefill.graphs.captured
-        num_segments = 1 if kv_handoff == "slab" else NUM_PUSH_GROUPS + 1
+        num_segments = 1 if kv_handoff == "slab" else len(PUSH_GROUPS) + 1
         assert len(captured) == num_segments * len(all_token_buckets(1000))
         monkeypatch.setattr(PrefillWorker, "_compute", None)  # replays alone
         found = llm.generate(prompts, params)

@@ -15,7 +15,7 @@ import kernels
 from engine import LLM, SamplingParams
 from engine.base_scheduler import PrefillChunk
 from engine.kv_cache import KVCache
-from engine.prefill import GRAPH_ROWS, TOKEN_BUCKETS, PrefillWorker, token_buckets
+from engine.prefill import GRAPH_ROWS, TOKEN_BUCKETS, PrefillWorker, segments, token_buckets
 from engine.request import Request
 from experiments.shapes import SHAPES, write_config
 from kernels import reference
@@ -41,6 +41,20 @@ def _as_the_engine_runs() -> Iterator[None]:
     """Inference mode, and a stream of its own where there is a GPU: captures want one."""
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream() if on_gpu() else None):
         yield
+
+
+@given(num_layers=st.integers(1, 90), groups=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@example(num_layers=28, groups=[4, 3, 1])
+@example(num_layers=1, groups=[4, 3, 1])
+def test_segments_have_every_layer_in_turn_and_draw_last(num_layers, groups):
+    parts = segments(num_layers, groups)
+    assert [layer for part in parts for layer in part.layers] == list(range(num_layers))
+    assert [part.draws for part in parts] == [False] * (len(parts) - 1) + [True]
+    if len(groups) > 1:
+        assert not parts[-1].layers and all(part.layers for part in parts[:-1])
+        if num_layers >= sum(groups):
+            for part, group in zip(parts[:-1], groups, strict=True):
+                assert abs(len(part.layers) - num_layers * group / sum(groups)) < 1
 
 
 def on_gpu() -> bool:
