@@ -1,5 +1,6 @@
 """AutoPipeline: a DecodePipeline that times itself when it starts and pipelines where that wins."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ from engine.pipeline_choice import Choice, Readings, choose, contexts_up_to, mod
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams
 from engine.step_model import Split, StepModel
-from engine.trial_steps import TimeIsUp, TrialSteps, name_of
+from engine.trial_steps import TimeIsUp, TimeStep, TrialSteps, name_of
 
 CALIBRATION_SECONDS = 25.0  # after which no reading is begun, and nothing captured to be read
 TIME_WAS_UP = "the calibration's time was up; the next start goes on"
@@ -58,6 +59,24 @@ class AutoPipeline(TrialSteps):
             self.statistics.granted_sms = next(iter(self.streams.values())).granted
         if not partitions:
             self.statistics.why_none = self._why_none()
+
+    @property
+    def readings(self) -> Mapping[int, Readings]:
+        """What the choices rest on, by batch."""
+        return self._readings
+
+    def read_again(self, batch: int, context: int, time_step: TimeStep) -> dict[str, float]:
+        """Times by time_step of the modes that were read there, splits that can still be had;
+        choices stay as they are. Before the first request alone; what steps run on is kept until
+        `close`."""
+        modes = self._readings[batch][context].keys() - {SERIAL}
+        there = [mode for mode in sorted(modes) if self._streams_of(mode) is not None]
+        self._fill_cache()  # no trial of this start may have done so
+        kept, self._time_step = self._time_step, time_step
+        try:
+            return self._times(batch, context, there, deadline=math.inf)
+        finally:
+            self._time_step = kept
 
     def _mode_of(self, num_requests: int, num_kv_tokens: int) -> StageStreams | None:
         choices = self.choices.get(self._bucket_of(num_requests), ())

@@ -28,12 +28,15 @@ class TimeIsUp(Exception):
     """Timing took as long as it may."""
 
 
-def replay_ms(batch: int, context: int, mode: str, run: Callable[[], None]) -> float:
-    """Milliseconds of one launch, by events on the current stream; waits for them."""
+def replay_ms(
+    batch: int, context: int, mode: str, run: Callable[[], None], reading_ms: float = READING_MS
+) -> float:
+    """Milliseconds of one launch, by events on the current stream around so many that they take
+    reading_ms; waits for them."""
     num, step_ms = 1, 0.0
-    while num * step_ms < READING_MS:
+    while num * step_ms < reading_ms:
         if step_ms:  # of a single one: enough of them for a reading
-            num = round(READING_MS / step_ms) + 1
+            num = round(reading_ms / step_ms) + 1
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(num):

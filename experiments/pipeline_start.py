@@ -163,10 +163,10 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-Work = Callable[[str, Path, dict[str, Any]], list[Found]]
+Work = Callable[[str, Path, dict[str, Any]], list[Any]]
 
 
-def _in_a_process(work: Work, what: str, folder: Path, options: dict[str, Any]) -> list[Found]:
+def in_a_process(work: Work, what: str, folder: Path, options: dict[str, Any]) -> list[Any]:
     """Nothing where that fails, and why on standard error."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -194,15 +194,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"{what} left out: a CPU has no SMs to divide", file=sys.stderr)
                     continue
                 work = capture if what == CAPTURED else start
-                for found in _in_a_process(work, what, folder, _options(args, what)):
+                for found in in_a_process(work, what, folder, engine_options(args, what)):
                     rows.append(shape | asdict(found))
                     append_row(args.out, rows[-1] | stamp)
     if rows:
         print(table(rows, list(rows[0])))
 
 
-def _options(args: argparse.Namespace, what: str) -> dict[str, Any]:
-    """Of the engine."""
+def engine_options(args: argparse.Namespace, what: str) -> dict[str, Any]:
+    """Of the LLM that starts."""
     options = {"device": args.device, "load_format": "dummy", "max_num_seqs": args.max_num_seqs}
     mode = "disabled" if what in SERIAL_STARTS else "auto"
     return options | {"max_model_len": MAX_MODEL_LEN, "decode_pipeline": mode}

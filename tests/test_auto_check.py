@@ -1,0 +1,117 @@
+"""What decode_pipeline="auto" chose, held against longer readings: over stand-in times, where there
+is no GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.pipeline_stats import SERIAL
+from experiments import auto_check
+from experiments.auto_check import Checked, cells, checked, lines, main
+from experiments.harness import environment, read_rows
+from experiments.shapes import QWEN3, SHAPES
+from tests.checkpoints import save_random
+from tests.decode_steps import decoder_of, row_by_row
+from tests.test_auto_pipeline import SPLITS, Machine, auto_of
+from tests.test_bench_pipeline import TINY
+
+COLUMNS = ["model", "num_layers", "reading_ms", *Checked.__dataclass_fields__]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return decoder_of(save_random(tmp_path_factory.mktemp("m"), "llama"), row_by_row())
+
+
+def test_a_choice_that_longer_readings_do_not_bear_out(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    lucky = Machine({"56:76": 1.2, "40:92": 1.1})
+    with torch.inference_mode():
+        pipeline = auto_of(decoder, lucky, tmp_path)
+        pipeline.warm_up()
+        choices = dict(pipeline.choices)
+        steady = Machine({"56:76": 0.8, "40:92": 1.25})
+        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, reading_ms: steady.step_ms(*of))
+        all_cells = cells(pipeline)
+        assert {(12, 16), (4, 64)} <= set(all_cells)
+        pipeline.readings[12][10**6] = {SERIAL: 1.0}  # of a larger pool
+        assert cells(pipeline) == all_cells
+        rows = checked(pipeline, 12, 16, reading_ms=200.0)
+        assert pipeline.choices == choices
+    assert {row.mode: (row.auto_ms, row.ms) for row in rows} == {
+        SERIAL: (10.0, 10.0),
+        "40:92": (10 / 1.1, 8.0),
+        "56:76": (10 / 1.2, 12.5),
+        "72:60": (10.0, 10.0),
+    }
+    assert [row.mode for row in rows if row.is_chosen] == ["56:76"]
+    assert {asked[:2] for asked in steady.asked} == {(12, 16)}
+    (line,) = lines(rows)
+    assert (line["best_split"], line["chosen"], line["serial_ms"]) == ("40:92", "56:76", 10.0)
+    assert line["speedup"] == pytest.approx(1.25) and line["auto_read"] == pytest.approx(1.1)
+    assert line["lost"] == pytest.approx(12.5 / 8 - 1)
+
+
+def test_a_split_that_is_gone_is_left_out(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    with torch.inference_mode():
+        auto_of(decoder, Machine({"56:76": 1.2}), tmp_path).warm_up()
+        pipeline = auto_of(decoder, Machine(fails=frozenset({"40:92"})), tmp_path)
+        pipeline.warm_up()
+        steady = Machine()
+        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, reading_ms: steady.step_ms(*of))
+        rows = checked(pipeline, 12, 16, reading_ms=200.0)
+    names = {":".join(map(str, split)) for split in SPLITS}
+    assert {row.mode for row in rows} == {SERIAL, *names - {"40:92"}}
+    assert lines([rows[0]]) == []  # no split to compare with
+
+
+def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
+    rows = [
+        Checked(batch=64, context=16, mode=mode, auto_ms=2.0, ms=ms, is_chosen=mode == SERIAL)
+        for mode, ms in ((SERIAL, 2.1), ("48:84", 2.0))
+    ]
+    started = []
+
+    def in_a_process(work, what, folder, options):
+        assert options["decode_pipeline"] == "auto"
+        started.append(what)
+        return rows if what == auto_check.WHAT else []
+
+    monkeypatch.setattr(auto_check, "in_a_process", in_a_process)
+    monkeypatch.setenv("GREENLANE_CACHE", "to be put back")
+    out = tmp_path / "check.csv"
+    main(["--layers", "2", "--starts", "2", "--device", "cpu", "--out", str(out)])
+    assert started == ["start 1", "check"]
+    read = read_rows(out, [*COLUMNS, *environment("cpu")])
+    assert [(row["mode"], row["ms"], row["is_chosen"]) for row in read] == [
+        (SERIAL, "2.1", "True"),
+        ("48:84", "2.0", "False"),
+    ]
+    assert "lost at most: 5.0%, 64 x 16" in capsys.readouterr().out
+
+
+def test_a_cpu_has_nothing_to_check(monkeypatch, tmp_path, capfd):
+    monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
+    monkeypatch.setenv("GREENLANE_CACHE", "to be put back")
+    out = tmp_path / "check.csv"
+    small = ["--layers", "2", "--max-num-seqs", "4", "--starts", "1", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        # a process of its own knows nothing of SHAPES as it is here, and needs none of it
+        patch.setattr(auto_check, "in_a_process", lambda work, *arguments: work(*arguments))
+        main(["--model", "tiny", *small, "--out", str(out)])
+    assert "check: nothing to check: serial: " in capfd.readouterr().err
+    assert not Path(out).exists()
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu(tmp_path, capsys):
+    """Large enough that something is worth a reading."""
+    out = tmp_path / "check.csv"
+    small = ["--layers", "2", "--max-num-seqs", "512", "--starts", "1", "--reading-ms", "5"]
+    main(["--model", "Qwen3-8B", *small, "--max-seconds", "60", "--out", str(out)])
+    rows = read_rows(out, [*COLUMNS, *environment("cuda")])
+    assert {row["batch"] for row in rows} and {row["mode"] for row in rows} > {SERIAL}
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert "lost at most: " in capsys.readouterr().out
