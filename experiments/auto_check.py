@@ -5,8 +5,8 @@
 The engine starts --starts times over dummy weights, each time in a process of its own that goes on
 from the times which those before have kept. In the last one, every batch and context that was timed
 is timed again before any request comes: the serial step and every split that `auto` tried there, in
-turn, --reading-ms at a time, medians of several rounds. A calibration has less time for a reading,
-chooses the best of several, and reads every mode at the clocks that the one before left behind.
+turn, --reading-ms at a time behind as many in which clocks settle, medians of several rounds. A
+calibration has less time for a reading, and chooses the best of several.
 
 A row for each mode goes to experiments/results/auto_check.csv: what the calibration read, what was
 read now, and whether this is the mode that steps of such a batch run on. `lost` is by how much the
@@ -34,7 +34,7 @@ from engine.pipeline_choice import mode_at
 from engine.pipeline_stats import SERIAL
 from engine.trial_steps import replay_ms
 from experiments.harness import RESULTS, append_row, environment, table
-from experiments.pipeline_start import engine_options, in_a_process, start
+from experiments.pipeline_start import add_size_arguments, engine_options, in_a_process, start
 from experiments.shapes import SHAPES, write_config
 
 WHAT = "check"
@@ -88,7 +88,8 @@ def cells(runner: AutoPipeline) -> list[tuple[int, int]]:
 def checked(runner: AutoPipeline, batch: int, context: int, reading_ms: float) -> list[Checked]:
     """Its modes, serial first."""
     read = runner.readings[batch][context]
-    found = runner.read_again(batch, context, partial(replay_ms, reading_ms=reading_ms))
+    time_step = partial(replay_ms, settle_ms=reading_ms, reading_ms=reading_ms)
+    found = runner.read_again(batch, context, time_step)
     chosen = mode_at(runner.choices.get(batch, ()), batch, batch * context)
     return [
         Checked(
@@ -156,7 +157,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-8B"])
     p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
-    p.add_argument("--max-num-seqs", type=int, default=1024, metavar="N")
+    add_size_arguments(p)
     p.add_argument("--starts", type=int, default=3, metavar="N")
     p.add_argument("--reading-ms", type=float, default=200.0, metavar="MS")
     p.add_argument("--max-seconds", type=float, default=240.0, help="of the last start")

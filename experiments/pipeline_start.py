@@ -204,15 +204,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 def engine_options(args: argparse.Namespace, what: str) -> dict[str, Any]:
     """Of the LLM that starts."""
     options = {"device": args.device, "load_format": "dummy", "max_num_seqs": args.max_num_seqs}
-    mode = "disabled" if what in SERIAL_STARTS else "auto"
-    return options | {"max_model_len": MAX_MODEL_LEN, "decode_pipeline": mode}
+    options |= {"max_model_len": MAX_MODEL_LEN, "num_kv_blocks": args.num_kv_blocks}
+    return options | {"decode_pipeline": "disabled" if what in SERIAL_STARTS else "auto"}
+
+
+def add_size_arguments(p: argparse.ArgumentParser) -> None:
+    """Those that `engine_options` takes."""
+    p.add_argument("--max-num-seqs", type=int, default=1024, metavar="N")
+    p.add_argument("--num-kv-blocks", type=int, metavar="N", help="default: what memory is left")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-8B"])
     p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
-    p.add_argument("--max-num-seqs", type=int, default=1024, metavar="N")
+    add_size_arguments(p)
     what = (*STARTS, CAPTURED)
     p.add_argument("--what", nargs="+", choices=what, default=what, help="default: all, in order")
     p.add_argument("--device", default="cuda:0")

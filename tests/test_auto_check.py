@@ -32,7 +32,7 @@ def test_a_choice_that_longer_readings_do_not_bear_out(decoder, tmp_path, monkey
         pipeline.warm_up()
         choices = dict(pipeline.choices)
         steady = Machine({"56:76": 0.8, "40:92": 1.25})
-        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, reading_ms: steady.step_ms(*of))
+        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, **_: steady.step_ms(*of))
         all_cells = cells(pipeline)
         assert {(12, 16), (4, 64)} <= set(all_cells)
         pipeline.readings[12][10**6] = {SERIAL: 1.0}  # of a larger pool
@@ -60,7 +60,7 @@ def test_a_split_that_is_gone_is_left_out(decoder, tmp_path, monkeypatch):
         pipeline = auto_of(decoder, Machine(fails=frozenset({"40:92"})), tmp_path)
         pipeline.warm_up()
         steady = Machine()
-        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, reading_ms: steady.step_ms(*of))
+        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, **_: steady.step_ms(*of))
         rows = checked(pipeline, 12, 16, reading_ms=200.0)
     names = {":".join(map(str, split)) for split in SPLITS}
     assert {row.mode for row in rows} == {SERIAL, *names - {"40:92"}}
@@ -109,7 +109,8 @@ def test_a_cpu_has_nothing_to_check(monkeypatch, tmp_path, capfd):
 def test_rows_of_a_gpu(tmp_path, capsys):
     """Large enough that something is worth a reading."""
     out = tmp_path / "check.csv"
-    small = ["--layers", "2", "--max-num-seqs", "512", "--starts", "1", "--reading-ms", "5"]
+    small = ["--layers", "2", "--max-num-seqs", "512", "--num-kv-blocks", "16384"]
+    small += ["--starts", "1", "--reading-ms", "5"]
     main(["--model", "Qwen3-8B", *small, "--max-seconds", "60", "--out", str(out)])
     rows = read_rows(out, [*COLUMNS, *environment("cuda")])
     assert {row["batch"] for row in rows} and {row["mode"] for row in rows} > {SERIAL}

@@ -258,6 +258,20 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
     assert not last.asked
 
 
+def test_a_split_that_is_far_slower_is_read_once(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    machine = Machine({"40:92": 0.97, "56:76": 0.95, "72:60": 1.2})
+    auto_of(decoder, machine, tmp_path).warm_up()
+    readings = Counter(
+        mode for batch, context, mode in machine.asked if (batch, context) == (12, 16)
+    )
+    assert readings == {"serial": 3, "40:92": 3, "56:76": 1, "72:60": 3}
+    slow = Machine(dict.fromkeys(readings, 0.5) | {"serial": 1.0})
+    auto_of(decoder, slow, tmp_path / "other").warm_up()
+    readings = Counter(mode for batch, context, mode in slow.asked if (batch, context) == (12, 16))
+    assert readings == dict.fromkeys(readings, 1), "nothing is left to compare serial steps with"
+
+
 def test_the_most_promising_batches_come_first(decoder, tmp_path):
     class Small(AnythingGoes):
         """Batches of 8 have the most to win."""

@@ -14,6 +14,7 @@ from engine.auto_pipeline import AutoPipeline
 from engine.calibration_file import CalibrationFile
 from engine.device_rates import rates_of
 from engine.stage_streams import GpuStreams
+from engine.trial_steps import replay_ms
 from experiments.shapes import write_config
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -40,6 +41,20 @@ def _on_a_stream_of_its_own() -> Iterator[None]:
     stream = torch.cuda.Stream(DEVICE)
     with torch.inference_mode(), torch.cuda.device(DEVICE), torch.cuda.stream(stream):
         yield
+
+
+def test_a_step_is_read_once_clocks_have_settled():
+    """Launches that take a third of their time once there were 20 of them."""
+    cycles, num_runs = 300_000, []
+
+    def run() -> None:
+        num_runs.append(None)
+        torch.cuda._sleep(cycles if len(num_runs) > 20 else 3 * cycles)
+
+    settled_ms = replay_ms(1, 1, "serial", run, settle_ms=60.0, reading_ms=5.0)
+    assert len(num_runs) > 20
+    again_ms = replay_ms(1, 1, "serial", run, settle_ms=5.0, reading_ms=20.0)
+    assert settled_ms == pytest.approx(again_ms, rel=0.1)
 
 
 @pytest.fixture(scope="module")

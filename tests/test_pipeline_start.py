@@ -101,6 +101,7 @@ def test_captures_are_of_every_bucket(decoder, monkeypatch):
 def test_rows_of_a_gpu(tmp_path):
     out = tmp_path / "start.csv"
     shape = ["--model", "Qwen3-0.6B", "--layers", "2", "--max-num-seqs", "32"]
+    shape += ["--num-kv-blocks", "1024"]  # another test may have the rest of the memory
     main([*shape, "--what", "serial", "cold", "splits", "--out", str(out)])
     rows = read_rows(out, [*SHAPE, *Found.__dataclass_fields__, *environment("cuda")])
     assert [row["what"] for row in rows] == ["serial", "cold", "all serial", "all of 5 splits"]
