@@ -9,10 +9,13 @@ from models.config import ModelConfig
 
 # dense products of 16-bit numbers, per SM and clock, by major compute capability
 FLOPS_A_CLOCK = {8: 2048, 9: 4096}
-# shares of what the clocks allow, and bytes per SM and clock, as read off an H100: streams reach
-# 0.87 and the best library products 0.68; see StepModel for the sides on which these err
+# shares of what the clocks allow, as read off an H100: streams reach 0.87 and the best library
+# products 0.68; see StepModel for the sides on which these err
 READ_SHARE, FLOPS_SHARE = 0.9, 0.62
-SM_BYTES_A_CLOCK = 52
+# Alone an SM reads 52 bytes a clock; of 24 to 52, gains by arithmetic go with those that an H200
+# measured in 264 steps on splits (auto_check.csv, b6ac0d6) best at 28 to 32: correlation 0.63, at
+# 52 0.17.
+SM_BYTES_A_CLOCK = 32
 
 
 def rates_of(device: torch.device) -> Rates:

@@ -21,10 +21,11 @@ from engine.step_model import Split
 # batch, tokens that each request holds, mode, and what launches the step -> ms of it
 TimeStep = Callable[[int, int, str, Callable[[], None]], float]
 ROUNDS = 3  # readings of each mode, in turn with the others': clocks drift
-FAR = 0.04  # a split that takes so much longer than serial in the first round is not read again
+FAR = 0.03  # a split that takes so much longer than serial in the first round is not read again
 # At its power limit a GPU lowers its clocks by what it took before: on an H200 the first step of
-# a mode has taken up to 10 % more or less than it settles at some 0.1 s later.
-SETTLE_MS = 60.0
+# a mode has taken up to 10 % more or less than it settles at some 0.1 s later. Behind 60 ms splits
+# were still flattered by up to 7 %.
+SETTLE_MS = 120.0
 READING_MS = 60.0
 
 

@@ -25,7 +25,7 @@ from experiments.shapes import SHAPES
 from green.partition import legal_splits
 from models.config import ModelConfig
 
-H100 = Rates(132, 3.02e9, 6.64e11, 1.03e8)  # as engine.device_rates has them of its clocks
+H100 = Rates(132, 3.02e9, 6.64e11, 6.34e7)  # as engine.device_rates has them of its clocks
 RATES = {
     "NVIDIA H100 80GB HBM3": H100,
     "NVIDIA H200": replace(H100, bytes_per_ms=4.32e9),
@@ -40,6 +40,7 @@ class Verdict:
 
     gpu: str
     model: str
+    num_layers: int  # that were run
     batch: int
     context: int
     best_split: str
@@ -52,8 +53,8 @@ def verdicts(rows: Iterable[Mapping[str, str]]) -> list[Verdict]:
     """Of every cell that has a split beside its serial graph; rows: of pipeline.csv."""
     maps = regime_maps([row for row in rows if is_usual(row)])
     return [
-        _verdict(gpu, model, *size, cell)
-        for (gpu, model), cells in maps.items()
+        _verdict(gpu, model, num_layers, *size, cell)
+        for (gpu, model, num_layers), cells in maps.items()
         for size, cell in sorted(cells.items())
     ]
 
@@ -66,13 +67,16 @@ def is_usual(row: Mapping[str, str]) -> bool:
     return is_cut_so and (row["mode"] == SERIAL or bool(is_split))
 
 
-def _verdict(gpu: str, model: str, batch: int, context: int, cell: Cell) -> Verdict:
+def _verdict(
+    gpu: str, model: str, num_layers: int, batch: int, context: int, cell: Cell
+) -> Verdict:
     ms = {SERIAL: 1.0, cell.mode: 1 / cell.speedup}
     is_ruled_out = gpu in RATES and not _could_win(RATES[gpu], model, batch, context)
     choices = () if is_ruled_out else choose({context: ms})
     chosen = mode_at(choices, batch, batch * context)
     lost = ms[chosen] / min(ms.values()) - 1
-    return Verdict(gpu, model, batch, context, cell.mode, cell.speedup, chosen, lost)
+    size = (num_layers, batch, context)
+    return Verdict(gpu, model, *size, cell.mode, cell.speedup, chosen, lost)
 
 
 def _could_win(rates: Rates, model: str, batch: int, context: int) -> bool:

@@ -1,7 +1,8 @@
 """A decode step serial and pipelined, on two plain streams and on partitions of the SMs.
 
-    python -m experiments.bench_pipeline --model Qwen3-8B --layers 6 --cells 512x512 1024x512
-        --splits 40:92 48:84 56:76 [--num 2] [--qkv ffn] [--o attention] [--timed] [--energy]
+    python -m experiments.bench_pipeline --model Qwen3-8B --cells 512x512 1024x512
+        --splits 40:92 48:84 56:76 [--layers 36] [--num 2] [--qkv ffn] [--o attention] [--timed]
+        [--energy]
     python -m experiments.bench_pipeline --model Qwen3-8B --map --max-seconds 240
 
 A cell is batch x context, all requests of one length; weights and KV blocks are random. --map takes
@@ -11,8 +12,10 @@ commit, are not measured again: a map can be made in several runs. Each mode is 
 timed over replays: `serial`, the whole batch in one piece; `in order`, the cut of the pipeline on
 one stream; `plain`, two streams that share all SMs, their kernels' grids whole or, as `plain 40:92`
 (not with --map), as large as the split; and each split. Tokens and logits of a mode are compared
-with those of `in order`, to the bit. Times of few layers stand for a model's once what a step does
-around its layers (ends_ms: embedding, LM head, sampling) is taken off. --energy replays each mode
+with those of `in order`, to the bit. --layers of fewer than the model has makes room for more KV
+blocks. Such times stand for a model's once what a step does around its layers (ends_ms: embedding,
+LM head, sampling) is taken off, but for what the pipeline takes to fill and drain: of two
+micro-batches a thirteenth of 6 layers, a 73rd of 36. --energy replays each mode
 for some seconds, and notes the joules of a step: at its power limit a GPU lowers its clocks,
 and two stages at a time take more power than one. A row for each mode of each cell goes to
 experiments/results/pipeline.csv.
@@ -49,7 +52,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.weights import dummy_weights
 
-SPLITS = ("24:108", "32:100", "40:92", "48:84", "56:76", "64:68")
+SPLITS = ("40:92", "48:84", "56:76", "64:68", "72:60", "80:52")
 TABLE = ("batch", "context", "mode", "ms_p50", "of_serial", "same_logits", "overlap", "watts")
 
 
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", choices=SHAPES, default="Qwen3-8B")
-    p.add_argument("--layers", type=int, default=6, help="layers of it to run (default: 6)")
+    p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
     p.add_argument("--cells", nargs="+", type=pair("x"), default=[(512, 512), (1024, 512)])
     p.add_argument("--splits", nargs="*", type=pair(":"), default=[*map(pair(":"), SPLITS)])
     p.add_argument("--num", type=int, default=2, help="micro-batches (default: 2)")
@@ -220,6 +223,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.energy and torch.device(args.device).type != "cuda":
         p.error(f"--energy needs a GPU, got --device {args.device}")
+    args.layers = args.layers or SHAPES[args.model]["num_hidden_layers"]
     if args.map:
         args.cells = whole_map()
     return args

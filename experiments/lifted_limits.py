@@ -61,14 +61,17 @@ def handoff_findings(rows: Rows, model: str) -> list[Finding]:
 
 
 def split_findings(rows: Rows, model: str) -> list[Finding]:
-    """What one split costs in the cells of the map of the GPU that was measured last, beside what
-    the rule of decode_pipeline="auto" would; rows: of pipeline.csv."""
+    """What one split costs in the cells of the map of the GPU that was measured last, over the most
+    layers, beside what the rule of decode_pipeline="auto" would; rows: of pipeline.csv."""
     mine = [row for row in rows if row["model"] == model and is_usual(row)]
     stamp = max(mine, key=lambda row: row["date"], default=None)
     if stamp is None:
         return []
     mine = [row for row in mine if row["gpu"] == stamp["gpu"]]
-    place = (stamp["gpu"], model)
+    num_layers = max(int(row["num_layers"]) for row in mine)
+    mine = [row for row in mine if int(row["num_layers"]) == num_layers]
+    stamp = max(mine, key=lambda row: row["date"])
+    place = (stamp["gpu"], model, num_layers)
     one_split = regime_maps([row for row in mine if row["mode"] in (SERIAL, STATIC)]).get(place, {})
     lost = {(v.batch, v.context): v.lost for v in verdicts(mine)}
     cells = sorted(one_split.keys() & lost.keys())

@@ -17,7 +17,9 @@ from experiments.timing import Effort, Times, time_calls
 from models.decoder import Decoder
 
 BLOCK_SIZE = 16
-REPLAYS = 8  # of one graph, queued behind each other, in each reading
+# Of one graph, queued behind each other in each reading: as many as take so long, so that clocks
+# have settled when the first reading begins, and long steps are not read for seconds.
+REPLAYS, READING_MS = 8, 100.0
 NUM_TIMED_STEPS = 12
 ENDS = "ends"
 
@@ -82,7 +84,13 @@ class Cell:
         def run(_: int) -> None:
             graph.replay() if graph else self.step(mode)
 
-        return time_calls(run, REPLAYS, self.pipeline.device, Effort(), captured=False)
+        replays = REPLAYS
+        if graph:
+            step_ms = time_calls(
+                run, 1, self.pipeline.device, Effort(min_replays=2), captured=False
+            )
+            replays = min(max(1, round(READING_MS / step_ms.p50)), REPLAYS)
+        return time_calls(run, replays, self.pipeline.device, Effort(), captured=False)
 
     def sustain(self, mode: StageStreams | None, step_ms: float) -> Sustained:
         """Time and energy of a step that takes about step_ms, replayed for some seconds."""

@@ -70,7 +70,7 @@ def test_rates_follow_from_the_clocks(h100):
     assert rates.bytes_per_ms == pytest.approx(0.9 * 3.352e9, rel=0.001)
     # between what cuBLAS reached there and what is promised
     assert 6e11 < rates.flops_per_ms < 7.3e11
-    assert rates.bytes_per_ms / rates.sm_bytes_per_ms < 32  # SMs, which read 91 %
+    assert 40 < rates.bytes_per_ms / rates.sm_bytes_per_ms < 56  # SMs that saturate the memory
 
 
 def test_what_an_h100_gets(h100, tmp_path):

@@ -260,7 +260,7 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
 
 def test_a_split_that_is_far_slower_is_read_once(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
-    machine = Machine({"40:92": 0.97, "56:76": 0.95, "72:60": 1.2})
+    machine = Machine({"40:92": 0.98, "56:76": 0.96, "72:60": 1.2})
     auto_of(decoder, machine, tmp_path).warm_up()
     readings = Counter(
         mode for batch, context, mode in machine.asked if (batch, context) == (12, 16)

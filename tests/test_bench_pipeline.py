@@ -88,7 +88,7 @@ def test_a_map_begins_where_there_is_most_to_win():
     model = step_model(ModelConfig.from_dict(SHAPES["Qwen3-8B"]), 2, H200, 2, Placement())
     cells = most_telling_first(args.cells, args.splits, model)
     assert len(cells) == len(set(cells)) == 28
-    assert cells[0] == (1024, 512)
+    assert {(512, 512), (1024, 512)} < set(cells[:3]) and cells[-1] == (4, 128)
     assert most_telling_first(args.cells, args.splits, None) == args.cells
 
 

@@ -48,19 +48,31 @@ STAGES = [
 def test_cells_are_of_the_whole_model():
     """36 layers for 6, and what stands around them once."""
     [(place, cells)] = regime_maps(STEPS).items()
-    assert place == (GPU, "Qwen3-8B")
+    assert place == (GPU, "Qwen3-8B", 6)
     assert cells == {
         (1024, 512): Cell(pytest.approx((1 + 6 * 5) / (1 + 6 * 4)), "48:84"),
         (64, 512): Cell(pytest.approx((1 + 6 * 1) / (1 + 6 * 2)), "48:84"),
     }
 
 
+def test_depths_stand_apart_and_few_layers_are_said_to_flatter_serial():
+    """The pipeline fills and drains once, over however many layers."""
+    whole = [step(64, 512, "serial", 12.0), step(64, 512, "48:84", 11.0)]
+    rows = [*STEPS, *(row | {"num_layers": "36"} for row in whole)]
+    maps = regime_maps(rows)
+    assert maps[GPU, "Qwen3-8B", 36] == {(64, 512): Cell(pytest.approx(12 / 11), "48:84")}
+    assert maps[GPU, "Qwen3-8B", 6] == regime_maps(STEPS)[GPU, "Qwen3-8B", 6]
+    titles = [title.splitlines()[0] for _, _, title in shown(plot.draw_maps(rows))]
+    few = f"Qwen3-8B from 6 layers (up to 6% too low) on {GPU}"
+    assert sorted(titles) == sorted([few, f"Qwen3-8B on {GPU}"])
+
+
 def test_the_newest_row_counts_and_gpus_stand_apart():
     newer = step(64, 512, "48:84", 1.5, date="2026-02-01 10:00")
     other = [row | {"gpu": "NVIDIA H200"} for row in STEPS]
     maps = regime_maps([newer, *STEPS, *other])
-    assert maps[GPU, "Qwen3-8B"][64, 512].speedup == pytest.approx(7 / 4)
-    assert maps["NVIDIA H200", "Qwen3-8B"][64, 512].speedup == pytest.approx(7 / 13)
+    assert maps[GPU, "Qwen3-8B", 6][64, 512].speedup == pytest.approx(7 / 4)
+    assert maps["NVIDIA H200", "Qwen3-8B", 6][64, 512].speedup == pytest.approx(7 / 13)
     assert regime_maps(STEPS[-1:]) == {}
 
 
@@ -83,9 +95,9 @@ def test_another_cut_is_another_mode_of_the_same_cell():
         step(64, 512, "serial", 2.2, qkv_stage="ffn", date="2026-02-01 11:00"),
         step(64, 512, "48:84", 1.9, qkv_stage="ffn", date="2026-02-01 11:00"),
     ]
-    best = regime_maps([*STEPS, *cuts])[GPU, "Qwen3-8B"][64, 512]
+    best = regime_maps([*STEPS, *cuts])[GPU, "Qwen3-8B", 6][64, 512]
     assert best == Cell(pytest.approx(8.2 / 6.4), "48:84, qkv in ffn")
-    best = regime_maps([*STEPS, *cuts[:2]])[GPU, "Qwen3-8B"][64, 512]
+    best = regime_maps([*STEPS, *cuts[:2]])[GPU, "Qwen3-8B", 6][64, 512]
     assert best == Cell(pytest.approx(7 / 5.8), "48:84, in 3")
 
 
@@ -149,12 +161,13 @@ def test_maps_stand_by_gpu_and_model():
     other = [row | {"gpu": "NVIDIA H200"} for row in small + STEPS]
     figure = plot.draw_maps([*other, *small, *middle, *STEPS])
     assert len(figure.axes) == 6
+    few = "from 6 layers (up to 6% too low)"
     assert [(row, column, title.split("\n")[0]) for row, column, title in shown(figure)] == [
-        (0, 0, f"Qwen3-0.6B on {GPU}"),
-        (0, 1, f"Qwen3-4B on {GPU}"),
-        (0, 2, f"Qwen3-8B on {GPU}"),
-        (1, 0, "Qwen3-0.6B on NVIDIA H200"),
-        (1, 2, "Qwen3-8B on NVIDIA H200"),
+        (0, 0, f"Qwen3-0.6B {few} on {GPU}"),
+        (0, 1, f"Qwen3-4B {few} on {GPU}"),
+        (0, 2, f"Qwen3-8B {few} on {GPU}"),
+        (1, 0, f"Qwen3-0.6B {few} on NVIDIA H200"),
+        (1, 2, f"Qwen3-8B {few} on NVIDIA H200"),
     ]
     empty = figure.axes[4]
     assert not empty.axison and not empty.texts and not empty.images

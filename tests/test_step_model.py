@@ -14,7 +14,7 @@ from green.partition import legal_splits
 from models.config import ModelConfig
 
 # a clock of 1.98 GHz and memory of 3.35 and 4.8 TB/s, as the drivers of an H100 and an H200 say
-H100 = Rates(132, 3.02e9, 6.64e11, 1.03e8)
+H100 = Rates(132, 3.02e9, 6.64e11, 6.34e7)
 H200 = replace(H100, bytes_per_ms=4.32e9)
 SPLITS = [split for split in legal_splits(132, (9, 0)) if sum(split) == 132]
 
@@ -82,7 +82,7 @@ def test_splits_are_timed_where_they_could_win_and_next_to_it(model, batch, some
 
 
 @pytest.mark.parametrize(
-    ("rates", "least", "most"), [(H100, 400, 460), (H200, 290, 340)], ids=["H100", "H200"]
+    ("rates", "least", "most"), [(H100, 480, 530), (H200, 350, 400)], ids=["H100", "H200"]
 )
 def test_where_the_large_model_begins_to_be_worth_a_reading(rates, least, most):
     model = model_of("Qwen3-8B", rates)
