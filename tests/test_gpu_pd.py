@@ -1,5 +1,6 @@
 """The engine on two GPUs, or on two pools of one: bf16, graphs, copies that run beside launches."""
 
+import random
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ ONE, TWO = ("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WAYS = ["kernel", "copy_engine", "staged"]
 SPIN_CYCLES = 200_000_000  # some 100 ms
+MAX_MODEL_LEN = 1024
+LENGTHS = [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, MAX_MODEL_LEN - 1]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,52 @@ def test_tokens_are_those_of_one_device(folder, devices, kv_handoff, way, num, m
             found[-1].append(tokens(llm, prompts, SamplingParams(seed=1, max_tokens=8)))
     assert found[0] == found[1]
     assert len({token_id for ids in found[0][0] for token_id in ids}) > 3
+
+
+@pytest.mark.parametrize("kv_handoff", ["slab", "push"])
+def test_tokens_behind_prompts_of_every_length_are_those_of_one_device(folder, devices, kv_handoff):
+    """To the bit, one prompt after the other: batches and launches are the same on both sides."""
+    prompts, found = prompts_of_lengths(LENGTHS), []
+    options = {"enable_prefix_caching": False, "max_model_len": MAX_MODEL_LEN}
+    for llm_of in (partial(one_device_llm, folder), partial(pd_llm, folder, kv_handoff=kv_handoff)):
+        with llm_of(**options) as llm:
+            without_padded_prefill(llm)
+            found.append(
+                [tokens(llm, [p], greedy(min(16, MAX_MODEL_LEN - len(p))))[0] for p in prompts]
+            )
+    assert found[0] == found[1]
+    assert len({token_id for ids in found[0] for token_id in ids}) > 3
+
+
+@pytest.mark.parametrize("kv_handoff", ["slab", "push"])
+def test_turns_of_a_conversation_hit_either_prefix_cache(folder, devices, kv_handoff):
+    """What decode wrote is not on the prefill device, which computes it anew: in other launches
+    than one device without a cache, so that near ties may part."""
+    (text,) = prompts_of_lengths([300])
+    num_cached, num_sent = [], []
+    with one_device_llm(folder, enable_prefix_caching=False) as whole:
+        with pd_llm(folder, kv_handoff=kv_handoff) as llm:
+            for turn in prompts_of_lengths([20, 40, 60]):
+                before = llm.stats()["handoff"]["num_bytes"]
+                outputs = llm.generate([text], greedy(40))
+                num_cached.append(outputs[0]["metrics"]["num_cached_tokens"])
+                num_sent.append((llm.stats()["handoff"]["num_bytes"] - before) // block_bytes_of(llm))
+                wanted = whole.generate([text], greedy(40, logprobs=20))
+                assert_same_or_near_ties(wanted, outputs, LOGIT_TOLERANCE["bfloat16"])
+                text = [*text, *outputs[0]["token_ids"], *turn]
+    # blocks of 16: prompts of 300, 360 and 440 tokens, of which prefill has what earlier prompts
+    # filled whole, and decode also 39 of the 40 tokens behind them
+    assert num_cached == [0, 288, 352]
+    assert num_sent == [19, 23 - 21, 28 - 24]
+
+
+def block_bytes_of(llm: LLM) -> int:
+    return llm._core.decode.kv_cache.blocks[0].nbytes
+
+
+def prompts_of_lengths(lengths: list[int]) -> list[list[int]]:
+    rng = random.Random(len(lengths))
+    return [[rng.randrange(10_000) for _ in range(length)] for length in lengths]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
