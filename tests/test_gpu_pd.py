@@ -3,6 +3,7 @@
 import random
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -118,22 +119,18 @@ def test_turns_of_a_conversation_hit_either_prefix_cache(folder, devices, kv_han
     num_cached, num_sent = [], []
     with one_device_llm(folder, enable_prefix_caching=False) as whole:
         with pd_llm(folder, kv_handoff=kv_handoff) as llm:
+            block_bytes = llm._core.decode.kv_cache.blocks[0].nbytes
             for turn in prompts_of_lengths([20, 40, 60]):
-                before = llm.stats()["handoff"]["num_bytes"]
                 outputs = llm.generate([text], greedy(40))
                 num_cached.append(outputs[0]["metrics"]["num_cached_tokens"])
-                num_sent.append((llm.stats()["handoff"]["num_bytes"] - before) // block_bytes_of(llm))
+                num_sent.append(llm.stats()["handoff"]["num_bytes"] / block_bytes)
                 wanted = whole.generate([text], greedy(40, logprobs=20))
                 assert_same_or_near_ties(wanted, outputs, LOGIT_TOLERANCE["bfloat16"])
                 text = [*text, *outputs[0]["token_ids"], *turn]
     # blocks of 16: prompts of 300, 360 and 440 tokens, of which prefill has what earlier prompts
     # filled whole, and decode also 39 of the 40 tokens behind them
     assert num_cached == [0, 288, 352]
-    assert num_sent == [19, 23 - 21, 28 - 24]
-
-
-def block_bytes_of(llm: LLM) -> int:
-    return llm._core.decode.kv_cache.blocks[0].nbytes
+    assert num_sent == list(accumulate([19, 23 - 21, 28 - 24]))
 
 
 def prompts_of_lengths(lengths: list[int]) -> list[list[int]]:
