@@ -7,7 +7,16 @@ from typing import Any
 
 from engine.calibration_file import CalibrationFile
 from engine.pipeline import Key
-from engine.pipeline_choice import Choice, Readings, choose, contexts_up_to, mode_at, not_read, why
+from engine.pipeline_choice import (
+    Choice,
+    Readings,
+    choose,
+    contexts_up_to,
+    mode_at,
+    not_read,
+    to_read,
+    why,
+)
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams
 from engine.step_model import Split, StepModel
@@ -39,8 +48,8 @@ class AutoPipeline(TrialSteps):
         self.calibration_s = 0.0  # that `warm_up` took before it captured what was chosen
         self._model, self._splits, self._file = model, splits, file
         self._max_model_len = max_model_len
-        # by batch: by context what is to be timed, and what was
-        self._wanted: dict[int, dict[int, list[str]]] = {}
+        # by batch: by context what could win, and what was timed
+        self._could_win: dict[int, dict[int, list[str]]] = {}
         self._readings: dict[int, dict[int, dict[str, float]]] = {}
 
     def warm_up(self) -> None:
@@ -97,7 +106,7 @@ class AutoPipeline(TrialSteps):
             for batch in self.buckets
             if batch >= self._min_requests
         }
-        self._wanted = {
+        self._could_win = {
             batch: {context: [name_of(split) for split in splits] for context, splits in of.items()}
             for batch, of in worth.items()
         }
@@ -129,12 +138,19 @@ class AutoPipeline(TrialSteps):
             for batch, of in worth.items()
         }
         for batch in sorted(worth, key=lambda batch: (-gains[batch], -batch)):
-            for context, missing in self._missing(batch).items():
-                if modes := [mode for mode in missing if self._streams_of(mode) is not None]:
-                    yield batch, context, modes
+            while (cell := self._next_cell(batch)) is not None:
+                yield batch, *cell
+
+    def _next_cell(self, batch: int) -> tuple[int, list[str]] | None:
+        """What is to be read by what was read so far."""
+        for context, missing in self._missing(batch).items():
+            if modes := [mode for mode in missing if self._streams_of(mode) is not None]:
+                return context, modes
+        return None
 
     def _missing(self, batch: int) -> dict[int, list[str]]:
-        return not_read(self._readings.get(batch, {}), self._wanted[batch])
+        readings = self._readings.get(batch, {})
+        return not_read(readings, to_read(readings, self._could_win[batch]))
 
     def _add(self, batch: int, context: int, ms: Mapping[str, float]) -> None:
         """Note new times. Where serial is known already, in proportion to it: clocks differ from
@@ -148,7 +164,7 @@ class AutoPipeline(TrialSteps):
         for batch in self.buckets:
             if batch < self._min_requests:
                 reason = f"serial: fewer than {self._min_requests} requests"
-            elif not any(self._wanted[batch].values()):
+            elif not any(self._could_win[batch].values()):
                 reason = NOT_WORTH_IT
             else:
                 reason = self._reason(batch)
@@ -160,7 +176,7 @@ class AutoPipeline(TrialSteps):
         left = [c for c, modes in missing.items() if set(modes) - self._why_not.keys()]
         if left and batch not in self._readings:
             return NOT_TIMED
-        cannot_win = {context: {} for context, modes in self._wanted[batch].items() if not modes}
+        cannot_win = {context: {} for context, modes in self._could_win[batch].items() if not modes}
         reason = self._choose(batch, cannot_win | self._readings.get(batch, {}))
         if left:
             reason += f"; not all is timed from {min(left)} tokens on: {TIME_WAS_UP}"

@@ -37,6 +37,19 @@ def contexts_up_to(longest: int) -> tuple[int, ...]:
     return (*(context for context in CONTEXTS if context < longest), longest)
 
 
+def to_read(readings: Readings, could_win: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+    """Modes to read by context: where they could win, and next to where they were read to win,
+    since what lies between two contexts is judged by the times at both. could_win: by rising
+    contexts, of which some have none."""
+    found = {context: list(modes) for context, modes in could_win.items()}
+    for one, other in pairwise(could_win):
+        for context, beside in ((one, other), (other, one)):
+            ms = readings.get(beside, {})
+            won = [mode for mode in ms if ms[SERIAL] >= (1 + MARGIN) * ms[mode]]
+            found[context] += [mode for mode in won if mode not in found[context]]
+    return found
+
+
 def not_read(readings: Readings, wanted: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
     """Modes that are wanted of a context and have no time there, where there are any. For the
     longest one, a time from which REACH leads there will do."""

@@ -93,15 +93,12 @@ class StepModel:
     def worth_timing(
         self, batch: int, contexts: Sequence[int], splits: Sequence[Split]
     ) -> dict[int, list[Split]]:
-        """The candidates by context: each where it could win, and at the contexts next to these,
-        since what lies between two is judged by the times at both. contexts: rising."""
-        found: dict[int, list[Split]] = {context: [] for context in contexts}
-        for split in self.candidates(batch, contexts, splits):
-            could = [self.could_win(batch, context, split) for context in contexts]
-            for i, context in enumerate(contexts):
-                if any(could[max(i - 1, 0) : i + 2]):
-                    found[context].append(split)
-        return found
+        """The candidates by context, each where it could win."""
+        candidates = self.candidates(batch, contexts, splits)
+        return {
+            context: [split for split in candidates if self.could_win(batch, context, split)]
+            for context in contexts
+        }
 
     def _products_ms(self, num_bytes: int, batch: float, num_sms: int | None = None) -> float:
         rates = self.rates

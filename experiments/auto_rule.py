@@ -80,7 +80,7 @@ def _verdict(
 
 
 def _could_win(rates: Rates, model: str, batch: int, context: int) -> bool:
-    """Whether `auto` would time the batch at this context, next to the others of the map."""
+    """Whether `auto` would time the batch at this context whatever it reads at those beside it."""
     config = ModelConfig.from_dict(SHAPES[model])
     arithmetic = step_model(config, 2, rates, NUM_MICRO_BATCHES, Placement())
     splits = [s for s in legal_splits(rates.num_sms, CAPABILITY) if sum(s) == rates.num_sms]

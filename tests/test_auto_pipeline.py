@@ -272,6 +272,34 @@ def test_a_split_that_is_far_slower_is_read_once(decoder, tmp_path, monkeypatch)
     assert readings == dict.fromkeys(readings, 1), "nothing is left to compare serial steps with"
 
 
+def test_next_to_where_a_split_wins_it_is_timed_too(decoder, tmp_path, monkeypatch):
+    """What lies between two contexts is judged by the times at both."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
+
+    class At16(AnythingGoes):
+        """Nothing could win elsewhere, by arithmetic."""
+
+        def could_win(self, batch, context, split) -> bool:
+            return context == 16
+
+    model = At16(**vars(CHEAP_READS))
+    lost = Machine(dict.fromkeys(("40:92", "56:76", "72:60"), 0.99))
+    pipeline = auto_of(decoder, lost, tmp_path / "lost", model=model)
+    pipeline.warm_up()
+    assert {context for _, context in lost.read()} == {16}
+    assert not any(pipeline.choices.values())
+    won = Machine({"40:92": 1.2})
+    pipeline = auto_of(decoder, won, tmp_path / "won", model=model)
+    pipeline.warm_up()
+    assert {context for _, context in won.read()} == {8, 16, 32, LONGEST}
+    elsewhere = {mode for _, context, mode in won.asked if context != 16}
+    assert elsewhere == {"serial", "40:92"}, "the others lost"
+    assert pipeline.statistics.choices[12].startswith("40:92 at 8-72 tokens")
+    again = Machine()
+    auto_of(decoder, again, tmp_path / "won", model=model).warm_up()
+    assert not again.asked
+
+
 def test_the_most_promising_batches_come_first(decoder, tmp_path):
     class Small(AnythingGoes):
         """Batches of 8 have the most to win."""

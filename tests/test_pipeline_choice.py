@@ -13,6 +13,7 @@ from engine.pipeline_choice import (
     contexts_up_to,
     mode_at,
     not_read,
+    to_read,
     why,
 )
 
@@ -115,6 +116,22 @@ def test_a_split_must_have_been_read_on_both_sides():
     read = {256: {"serial": 10.0}, 512: {"serial": 10.0, "48:84": 5.0}, 1024: {}}
     assert choose(read) == ()
     assert why({256: {"serial": 10.0}}, ()) == "serial: nothing was timed"
+
+
+def test_next_to_where_a_split_won_it_is_read_too():
+    """And so on, as long as it wins; what could win is read anyway."""
+    could_win = {128: [], 256: ["48:84"], 512: [], 1024: [], 2048: ["56:76"]}
+    alone = {256: ["48:84"], 2048: ["56:76"]}
+    assert not_read({}, to_read({}, could_win)) == alone
+    lost = {256: {"serial": 10.0, "48:84": 10.0 / (1 + MARGIN / 2)}}
+    assert not_read(lost, to_read(lost, could_win)) == {2048: ["56:76"]}
+    won = {"serial": 10.0, "48:84": 9.0}
+    read = {256: won, 2048: {"serial": 10.0, "56:76": 11.0}}
+    assert not_read(read, to_read(read, could_win)) == {128: ["48:84"], 512: ["48:84"]}
+    read |= {128: {"serial": 10.0, "48:84": 11.0}, 512: won}
+    assert not_read(read, to_read(read, could_win)) == {1024: ["48:84"]}
+    read |= {1024: won, 2048: won}
+    assert not_read(read, to_read(read, could_win)) == {2048: ["56:76"]}
 
 
 def test_the_longest_context_stands_for_those_that_are_little_longer():
