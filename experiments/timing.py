@@ -77,9 +77,9 @@ def time_calls(
             return _time_launches(run, copies, effort)
         # a first graph says how long a call takes: launches from Python would say how long they do
         calls = copies * -(-16 // copies)
-        call_ms = _replay(_capture(run, copies, calls, stream), 3, stream)[-1] / calls
+        call_ms = _replay(capture(run, copies, calls, stream), 3, stream)[-1] / calls
         calls = _whole_rounds(effort.graph_ms / call_ms, copies)
-        graph = _capture(run, copies, calls, stream)
+        graph = capture(run, copies, calls, stream)
         wanted = int(effort.reading_ms / (call_ms * calls))
         replays = min(max(wanted, effort.min_replays), effort.max_replays)
         _replay(graph, 2, stream)
@@ -92,7 +92,8 @@ def _whole_rounds(calls: float, copies: int) -> int:
     return copies * max(1, round(rounds))
 
 
-def _capture(run: Run, copies: int, calls: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+def capture(run: Run, copies: int, calls: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """So many calls as one graph, over the copies in turn."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for i in range(calls):

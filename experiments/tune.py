@@ -1,12 +1,14 @@
 """Find the best tile of each launch and write it to kernels/tiles.json.
 
     python -m experiments.tune --model Qwen3-8B --tokens 1 16 64 256 2048 --num-sms 0 64 96
+        [--sustained 1]
 
 Every candidate is checked against the reference and timed as `experiments.timing` does, beside the
 launcher's own heuristic in the same run, with a workspace, so that tiles may be shared. An entry
 serves a bucket of tokens, such as 129 to 256: a tile is written where it is faster by more than the
 spread of two readings at two thirds of the bucket's tokens and at all of them. An entry that is not
-worth it any more is dropped.
+worth it any more is dropped. --sustained reads every tile for so many seconds without a pause: at
+the power limit, where most products of many tokens are, a tile is as fast as it is sparing.
 """
 
 import argparse
@@ -27,10 +29,11 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import kernels
 from experiments.dense_cases import top_of_buffer
+from experiments.energy import sustain
 from experiments.harness import table
 from experiments.kernel_case import BOUND, Draw, row_error
 from experiments.shapes import SHAPES
-from experiments.timing import Effort, copies_for, time_calls
+from experiments.timing import Effort, Run, capture, copies_for, time_calls
 from kernels import Tile, reference
 from kernels.tall_matmul import has_form
 from kernels.tall_plan import DEEP_STAGES, MAX_STAGES, TALL_BLOCK_M, ring_tile
@@ -40,6 +43,7 @@ from kernels.tiles import TILES_PATH, TileKey, matmul_shape, read_tiles, write_t
 EPS = 1e-6
 WORTH = 0.02  # of the heuristic's time: two readings of one tile differ by about that
 QUICK = Effort(graph_ms=1.0, reading_ms=20.0)
+GRAPH_MS = 10.0  # of the calls that a sustained reading replays
 # what launching a tile raises that is of another kernel's form, or too large for the GPU
 UNFIT = (CompilationError, OutOfResources, PTXASError, RuntimeError, ValueError)
 
@@ -156,9 +160,14 @@ def _rings(*sizes: list[int]) -> list[Tile]:
 
 
 def sweep(
-    product: Product, tiles: Iterable[Tile], device: torch.device, num_sms: int | None
+    product: Product,
+    tiles: Iterable[Tile],
+    device: torch.device,
+    num_sms: int | None,
+    seconds: float = 0.0,
 ) -> Readings:
-    """Readings of the heuristic and of every tile that runs. AssertionError: one is wrong."""
+    """Readings of the heuristic and of every tile that runs, of so many seconds each or, for 0, of
+    some milliseconds. AssertionError: one is wrong."""
     run, expected, copies = product.build(device, num_sms)
 
     def ms_of(tile: Tile | None) -> float:
@@ -166,7 +175,7 @@ def sweep(
         error = row_error(run(0, tile), expected)
         if not error <= BOUND[product.dtype]:
             raise AssertionError(f"{tile} must be within {BOUND[product.dtype]:.2g}, got {error}")
-        return time_calls(lambda i: run(i, tile), copies, device, QUICK).p50
+        return read_ms(lambda i: run(i, tile), copies, device, seconds)
 
     # tiles.json, which may hold what was found before, is not what a tile has to beat
     with patch.object(import_module("kernels.linear"), "tuned_tile", lambda *launch: None):
@@ -179,11 +188,27 @@ def sweep(
     return readings
 
 
+def read_ms(run: Run, copies: int, device: torch.device, seconds: float) -> float:
+    """Milliseconds of a call; see `sweep`."""
+    ms = time_calls(run, copies, device, QUICK).p50
+    if not seconds:
+        return ms
+    stream = torch.cuda.Stream(device)
+    calls = copies * math.ceil(GRAPH_MS / (ms * copies))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        graph = capture(run, copies, calls, stream)
+        return sustain(graph.replay, ms * calls, device, calls=calls, seconds=seconds).ms
+
+
 def sweep_bucket(
-    product: Product, tiles: Sequence[Tile], device: torch.device, num_sms: int | None
+    product: Product,
+    tiles: Sequence[Tile],
+    device: torch.device,
+    num_sms: int | None,
+    seconds: float = 0.0,
 ) -> list[Readings]:
     """A sweep at each end of the product's bucket of tokens, all of them last."""
-    return [sweep(end, tiles, device, num_sms) for end in product.ends()]
+    return [sweep(end, tiles, device, num_sms, seconds) for end in product.ends()]
 
 
 def winner(sweeps: Sequence[Readings]) -> Tile | None:
@@ -209,14 +234,16 @@ def tune(
     todo: Sequence[tuple[Product, int]],
     device: torch.device,
     tiles_of: Callable[[int], list[Tile]] = candidates,
+    seconds: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Measure each (product, num_sms) and change `found` by what came out; returns a row each, with
-    the times at all of the bucket's tokens."""
+    the times at all of the bucket's tokens. seconds: see `sweep`."""
     rows = []
     for product, num_sms in tqdm(todo, desc="tiles", disable=None):
         key = key_of(product, num_sms, device)
         found.pop(key, None)
-        sweeps = sweep_bucket(product, tiles_of(product.num_tokens), device, num_sms or None)
+        tiles = tiles_of(product.num_tokens)
+        sweeps = sweep_bucket(product, tiles, device, num_sms or None, seconds)
         tile = winner(sweeps)
         if tile is not None:
             found[key] = tile
@@ -247,9 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", nargs="+", default=["Qwen3-0.6B", "Qwen3-8B"], choices=SHAPES)
     p.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 2048])
     p.add_argument("--num-sms", nargs="+", type=int, default=[0], help="0: the whole GPU")
+    p.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS")
     p.add_argument("--device", default="cuda:0")
     p.add_argument("--tiles", type=Path, default=TILES_PATH)
     args = p.parse_args(argv)
+    if args.sustained and torch.device(args.device).type != "cuda":
+        p.error(f"--sustained needs a GPU, got --device {args.device}")
     todo = [
         (product, num_sms)
         for model in args.model
@@ -258,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for num_sms in args.num_sms
     ]
     found = read_tiles(args.tiles) if args.tiles.exists() else {}
-    rows = tune(found, todo, torch.device(args.device))
+    rows = tune(found, todo, torch.device(args.device), seconds=args.sustained)
     write_tiles(found, args.tiles)
     print(table(rows, list(rows[0])))
 

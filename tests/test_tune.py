@@ -1,11 +1,14 @@
 """Tuning: the fastest right tile is kept, and only where it is worth it."""
 
+from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments import tune
+from experiments.energy import Sustained
 from experiments.timing import Times
 from experiments.tune import Product, candidates, products, sweep, sweep_bucket, winner
 from kernels import Tile, reference
@@ -43,6 +46,44 @@ def test_the_fastest_tile_is_found(clock, kernel):
     readings = sweep(product, [SMALL, LARGE], device, None)
     assert readings == [(None, 3.0), (SMALL, 2.0), (LARGE, 1.0)]
     assert winner([readings]) == LARGE
+
+
+def test_a_sustained_reading_is_of_whole_rounds_of_calls(clock, monkeypatch):
+    """At the power limit the order of tiles may be another."""
+    clock.update({16: 2.0, 32: 1.0, None: 3.0})
+    captured, at_the_limit = [], {16: 1.5, 32: 2.5, None: 3.5}
+    nothing = SimpleNamespace(replay=None)
+
+    def capture(run, copies, calls, stream):
+        assert calls % copies == 0
+        captured.append(calls)
+        return nothing
+
+    def sustain(replay, run_ms, device, *, calls, seconds):
+        assert seconds == 0.5 and calls == captured[-1]
+        block_n = {2.0: 16, 1.0: 32, 3.0: None}[run_ms / calls]
+        return Sustained(at_the_limit[block_n], None)
+
+    for name in ("Stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    monkeypatch.setattr(tune, "capture", capture)
+    monkeypatch.setattr(tune, "sustain", sustain)
+    readings = sweep(toy, [SMALL, LARGE], device, None, seconds=0.5)
+    assert readings == [(None, 3.5), (SMALL, 1.5), (LARGE, 2.5)]
+    assert captured == [4, 6, 10] and winner([readings]) == SMALL
+
+
+def test_sustained_readings_are_refused_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--device", "cpu", "--sustained", "1"])
+    assert "--sustained needs a GPU, got --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_sustained_readings_of_a_gpu():
+    product = Product(kernel="gate_up", num_tokens=256, width=256, depth=512)
+    readings = sweep(product, candidates(256)[:3], device, None, seconds=0.2)
+    assert readings[0][0] is None and all(ms > 0 for _, ms in readings)
 
 
 def test_less_than_the_spread_of_readings_is_not_worth_a_line(clock):
@@ -172,7 +213,7 @@ def test_the_command_line_writes_the_file(clock, tmp_path, monkeypatch, capsys):
     clock.update({16: 0.5, None: 1.0})
     monkeypatch.setattr(tune, "products", lambda model, tokens: [toy])
     monkeypatch.setattr(tune, "candidates", lambda tokens: [SMALL])
-    monkeypatch.setattr(tune.tune, "__defaults__", (lambda tokens: [SMALL],))
+    monkeypatch.setattr(tune.tune, "__defaults__", (lambda tokens: [SMALL], 0.0))
     path = tmp_path / "tiles.json"
     tune.main(["--model", "Qwen3-0.6B", "--tokens", "3", "--device", DEVICE, "--tiles", str(path)])
     assert list(read_tiles(path).values()) == [SMALL]
