@@ -205,6 +205,32 @@ def test_shared_tiles_are_dealt_out_whole_and_each_piece_to_the_next_group(
             assert begin == stop and taker == giver + side
 
 
+@given(
+    M=st.integers(1, 3000),
+    num_n=st.integers(1, 40),
+    group_m=st.integers(1, 9),
+    num_programs=st.integers(1, 132),
+)
+@example(2560, 24, 8, 132)  # three rows of tiles less than a group has
+def test_whole_tiles_are_dealt_out_once_and_evenly(M, num_n, group_m, num_programs):
+    N = num_n * 64 - 3
+    corners = [(m * 128, n * 64) for m in range(cdiv(M, 128)) for n in range(num_n)]
+    num_programs = min(num_programs, len(corners))
+    found, loads = [], []
+    for program in range(num_programs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tall_deal, "corner", tall_deal.corner.fn)
+            patch.setattr(tall_deal, "gl", Grid(program, num_programs))
+            num, start, end = tall_deal.dealt.fn(M, N, 7, 128, 64, 0)
+            shape = (start, end, M, N, 7, 128, 64, group_m, 0)
+            items = [tall_deal.item.fn(i, *shape) for i in range(num)]
+        assert {(begin, stop) for _, _, begin, stop in items} == {(0, 7)}
+        found += [(row, column) for row, column, *_ in items]
+        loads.append(num)
+    assert sorted(found) == corners
+    assert max(loads) - min(loads) <= 1
+
+
 def test_a_workspace_of_fewer_sms_is_an_error():
     x = torch.zeros(128, 64, dtype=torch.float16)
     workspace = MatmulWorkspace(torch.empty(3, 1), torch.zeros(3, 2, dtype=torch.int32))
