@@ -23,8 +23,8 @@ TimeStep = Callable[[int, int, str, Callable[[], None]], float]
 ROUNDS = 3  # readings of each mode, in turn with the others': clocks drift
 FAR = 0.03  # a split that takes so much longer than serial in the first round is not read again
 # At its power limit a GPU lowers its clocks by what it took before: on an H200 the first step of
-# a mode has taken up to 10 % more or less than it settles at some 0.1 s later. Behind 60 ms splits
-# were still flattered by up to 7 %.
+# a mode has taken up to 13 % less or 7 % more than it settles at some 0.1 s later. Behind 60 ms
+# some still took up to 10 % less.
 SETTLE_MS = 120.0
 READING_MS = 60.0
 
