@@ -16,6 +16,7 @@ from engine.pipeline_choice import (
     not_read,
     to_read,
     why,
+    winners,
 )
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams
@@ -25,7 +26,7 @@ from engine.trial_steps import TimeIsUp, TimeStep, TrialSteps, name_of
 CALIBRATION_SECONDS = 25.0  # after which no reading is begun, and nothing captured to be read
 TIME_WAS_UP = "the calibration's time was up; the next start goes on"
 NOT_TIMED = f"serial: {TIME_WAS_UP}"
-NOT_WORTH_IT = "serial: by arithmetic no split can win, for every micro-batch reads all weights"
+NOT_WORTH_IT = "serial: by arithmetic no split wins enough to be worth a reading"
 
 
 class AutoPipeline(TrialSteps):
@@ -176,7 +177,8 @@ class AutoPipeline(TrialSteps):
         left = [c for c, modes in missing.items() if set(modes) - self._why_not.keys()]
         if left and batch not in self._readings:
             return NOT_TIMED
-        cannot_win = {context: {} for context, modes in self._could_win[batch].items() if not modes}
+        could_win = self._could_win[batch].items()
+        cannot_win = {c: {} for c, modes in could_win if not modes and c not in missing}
         reason = self._choose(batch, cannot_win | self._readings.get(batch, {}))
         if left:
             reason += f"; not all is timed from {min(left)} tokens on: {TIME_WAS_UP}"
@@ -222,8 +224,10 @@ class AutoPipeline(TrialSteps):
 
     def _why_none(self) -> str:
         """What was timed and lost, and what could not be had."""
-        timed = {mode for read in self._readings.values() for ms in read.values() for mode in ms}
-        lost = sorted(timed - {SERIAL} - self._why_not.keys())
+        times = [ms for read in self._readings.values() for ms in read.values()]
+        timed = {mode for ms in times for mode in ms}
+        won = {mode for ms in times for mode in winners(ms)}
+        lost = sorted(timed - won - {SERIAL} - self._why_not.keys())
         is_late = any(TIME_WAS_UP in reason for reason in self.statistics.choices.values())
         reasons = [f"auto: {TIME_WAS_UP}"] * is_late
         if lost or not (self._why_not or is_late):

@@ -39,15 +39,24 @@ def contexts_up_to(longest: int) -> tuple[int, ...]:
 
 def to_read(readings: Readings, could_win: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
     """Modes to read by context: where they could win, and next to where they were read to win,
-    since what lies between two contexts is judged by the times at both. could_win: by rising
-    contexts, of which some have none."""
-    found = {context: list(modes) for context, modes in could_win.items()}
-    for one, other in pairwise(could_win):
+    since what lies between two contexts is judged by the times at both. could_win: by this pool's
+    contexts, of which some have none. A start with another pool may have read at others, which lie
+    between these for `choose` too."""
+    longest = max(could_win, default=0)
+    contexts = sorted({*could_win, *readings})
+    found = {c: list(could_win.get(c, ())) for c in contexts if c <= longest}
+    for one, other in pairwise(contexts):
         for context, beside in ((one, other), (other, one)):
             ms = readings.get(beside, {})
-            won = [mode for mode in ms if ms[SERIAL] >= (1 + MARGIN) * ms[mode]]
-            found[context] += [mode for mode in won if mode not in found[context]]
+            won = winners(ms)
+            if context in found:
+                found[context] += [mode for mode in won if mode not in found[context]]
     return found
+
+
+def winners(ms: Mapping[str, float]) -> list[str]:
+    """Modes that are faster than serial by MARGIN and more."""
+    return [mode for mode in ms if ms[SERIAL] >= (1 + MARGIN) * ms[mode]]
 
 
 def not_read(readings: Readings, wanted: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
@@ -135,6 +144,10 @@ def why(readings: Readings, choices: Sequence[Choice]) -> str:
     if best is None:
         return "serial: nothing was timed"
     speedup, mode, context = best
+    if speedup >= 1 + MARGIN:
+        return (
+            f"serial: {mode} won at {context} tokens ({speedup:.2f}x), but is not read beside that"
+        )
     return (
         f"serial: no split won by {MARGIN:.0%}; the best was {mode}, {speedup:.2f}x at {context} "
         "tokens"

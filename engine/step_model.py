@@ -20,7 +20,8 @@ MIN_DISTANCE = 16  # SMs of attention between them
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches, rather high for bytes and low for FLOPs: no winner is ruled out."""
+    """What a device reaches, rather high for bytes and low for FLOPs: it flatters splits, so that
+    hardly a winner is ruled out."""
 
     num_sms: int
     bytes_per_ms: float  # read from memory

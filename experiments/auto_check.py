@@ -71,6 +71,8 @@ def check(
                     print(f"{what}: out of time at {batch} x {context}", file=sys.stderr)
                     break
                 found += checked(runner, batch, context, reading_ms)
+        if not found:
+            print(f"{what}: nothing to check: nothing was timed", file=sys.stderr)
         return found
 
 
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = in_a_process(work, WHAT, folder, options)
             for row in rows:
                 shape = {"model": model, "num_layers": layers, "reading_ms": args.reading_ms}
+                shape |= {"max_num_seqs": args.max_num_seqs, "num_kv_blocks": args.num_kv_blocks}
                 append_row(args.out, shape | asdict(row) | stamp)
             if found := lines(rows):
                 print(f"{model}, {stamp['gpu']}\n{table(found, list(found[0]))}")

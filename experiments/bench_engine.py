@@ -66,7 +66,7 @@ WORKLOADS = (
 )
 SHARE = 1.5  # of an equal share of the time that is left, for each set of engines
 LINE = {
-    **{"workload": 17, "config": 9, "load": 5, "output_tok_s": 13, "goodput_req_s": 14},
+    **{"workload": 18, "config": 12, "load": 5, "output_tok_s": 13, "goodput_req_s": 14},
     **{"ttft_ms_p50": 12, "ttft_ms_p99": 12, "tpot_ms_p50": 12, "tpot_ms_p99": 12},
 }
 

@@ -61,14 +61,19 @@ def handoff_findings(rows: Rows, model: str) -> list[Finding]:
 
 
 def split_findings(rows: Rows, model: str) -> list[Finding]:
-    """What one split costs in the cells of the map of the GPU that was measured last, over the most
-    layers, beside what the rule of decode_pipeline="auto" would; rows: of pipeline.csv."""
+    """What one split costs in the cells of the map of the GPU that was measured last, beside what
+    the rule of decode_pipeline="auto" would; rows: of pipeline.csv. Of maps of several depths the
+    deepest one that has half as many cells as any."""
     mine = [row for row in rows if row["model"] == model and is_usual(row)]
     stamp = max(mine, key=lambda row: row["date"], default=None)
     if stamp is None:
         return []
     mine = [row for row in mine if row["gpu"] == stamp["gpu"]]
-    num_layers = max(int(row["num_layers"]) for row in mine)
+    cells_of: dict[int, set[tuple[str, str]]] = {}
+    for row in mine:
+        cells_of.setdefault(int(row["num_layers"]), set()).add((row["batch"], row["context"]))
+    most_cells = max(map(len, cells_of.values()))
+    num_layers = max(n for n, cells in cells_of.items() if 2 * len(cells) >= most_cells)
     mine = [row for row in mine if int(row["num_layers"]) == num_layers]
     stamp = max(mine, key=lambda row: row["date"])
     place = (stamp["gpu"], model, num_layers)
@@ -88,7 +93,8 @@ def split_findings(rows: Rows, model: str) -> list[Finding]:
     run = {
         "model": model,
         "workload": "decode steps, regime map",
-        "command": f"python -m experiments.bench_pipeline --map --model {model}",
+        "command": f"python -m experiments.bench_pipeline --map --model {model} "
+        f"--layers {num_layers}",
         "num_gpus": 1,
     }
     return [_finding("limit: static split", taken, most <= LOST, why, stamp, **run)]

@@ -1,7 +1,9 @@
 """What decode_pipeline="auto" chose, held against longer readings: over stand-in times, where there
 is no GPU."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from tests.decode_steps import decoder_of, row_by_row
 from tests.test_auto_pipeline import SPLITS, Machine, auto_of
 from tests.test_bench_pipeline import TINY
 
-COLUMNS = ["model", "num_layers", "reading_ms", *Checked.__dataclass_fields__]
+SHAPE = ["model", "num_layers", "reading_ms", "max_num_seqs", "num_kv_blocks"]
+COLUMNS = [*SHAPE, *Checked.__dataclass_fields__]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,44 @@ def test_a_split_that_is_gone_is_left_out(decoder, tmp_path, monkeypatch):
     assert lines([rows[0]]) == []  # no split to compare with
 
 
+class FakeLLM:
+    """One that has started with decode_pipeline="auto"."""
+
+    def __init__(self, runner, **options) -> None:
+        self.decode_runner = runner
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+def test_the_largest_batches_come_first_until_time_is_up(decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    with torch.inference_mode():
+        pipeline = auto_of(decoder, Machine({"56:76": 1.2}), tmp_path)
+        pipeline.warm_up()
+    steady, asked_ms = Machine({"56:76": 1.1}), []
+
+    def replay_ms(*step, settle_ms, reading_ms) -> float:
+        asked_ms.append((settle_ms, reading_ms))
+        return steady.step_ms(*step)
+
+    now = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(auto_check, "time", clock)
+    monkeypatch.setattr(auto_check, "replay_ms", replay_ms)
+    monkeypatch.setattr(auto_check, "LLM", FakeLLM)
+    rows = auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=2.5)
+    cells_read = list(dict.fromkeys((row.batch, row.context) for row in rows))
+    assert cells_read == [(12, 64), (12, 16)] and set(asked_ms) == {(7.0, 7.0)}
+    assert "check: out of time at 8 x 64" in capsys.readouterr().err
+    pipeline.readings.clear()
+    assert auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=9.0) == []
+    assert "check: nothing to check: nothing was timed" in capsys.readouterr().err
+
+
 def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
     rows = [
         Checked(batch=64, context=16, mode=mode, auto_ms=2.0, ms=ms, is_chosen=mode == SERIAL)
@@ -75,16 +116,18 @@ def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
     started = []
 
     def in_a_process(work, what, folder, options):
-        assert options["decode_pipeline"] == "auto"
+        assert (options["decode_pipeline"], options["num_kv_blocks"]) == ("auto", 80)
         started.append(what)
         return rows if what == auto_check.WHAT else []
 
     monkeypatch.setattr(auto_check, "in_a_process", in_a_process)
     monkeypatch.setenv("GREENLANE_CACHE", "to be put back")
     out = tmp_path / "check.csv"
-    main(["--layers", "2", "--starts", "2", "--device", "cpu", "--out", str(out)])
+    sizes = ["--max-num-seqs", "64", "--num-kv-blocks", "80"]
+    main(["--layers", "2", "--starts", "2", "--device", "cpu", "--out", str(out), *sizes])
     assert started == ["start 1", "check"]
     read = read_rows(out, [*COLUMNS, *environment("cpu")])
+    assert [read[0][name] for name in SHAPE] == ["Qwen3-8B", "2", "200.0", "64", "80"]
     assert [(row["mode"], row["ms"], row["is_chosen"]) for row in read] == [
         (SERIAL, "2.1", "True"),
         ("48:84", "2.0", "False"),

@@ -269,7 +269,69 @@ def test_a_split_that_is_far_slower_is_read_once(decoder, tmp_path, monkeypatch)
     slow = Machine(dict.fromkeys(readings, 0.5) | {"serial": 1.0})
     auto_of(decoder, slow, tmp_path / "other").warm_up()
     readings = Counter(mode for batch, context, mode in slow.asked if (batch, context) == (12, 16))
-    assert readings == dict.fromkeys(readings, 1), "nothing is left to compare serial steps with"
+    assert readings == dict.fromkeys(("serial", "40:92", "56:76", "72:60"), 1), "nothing is near"
+
+
+def test_the_first_round_says_what_is_far_and_the_median_what_counts(
+    decoder, tmp_path, monkeypatch
+):
+    """Of each mode in turn, as it drifts."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    ms = {
+        "serial": [10.0, 20.0, 12.0],
+        "40:92": [10.2, 9.0, 9.5],
+        "56:76": [10.4, 1.0, 1.0],  # far from serial as that was then
+        "72:60": [10.0, 30.0, 11.0],
+    }
+    machine, left = Machine(), {}
+
+    def step_ms(batch, context, mode, run) -> float:
+        machine.step_ms(batch, context, mode, run)
+        return left.setdefault((batch, context, mode), iter(ms[mode])).__next__()
+
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline._time_step = step_ms
+    pipeline.warm_up()
+    read = {"serial": 12.0, "40:92": 9.5, "56:76": 10.4, "72:60": 11.0}
+    assert pipeline.readings[12][16] == read
+
+
+def test_a_win_with_nothing_read_beside_it_is_none_yet(decoder, tmp_path, monkeypatch):
+    """What lies next to it is unread, and not what cannot win."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
+
+    class At16(AnythingGoes):
+        def could_win(self, batch, context, split) -> bool:
+            return context == 16
+
+    slow = Machine({"40:92": 1.2}, seconds_a_reading=CALIBRATION_SECONDS / 12 * (1 + 1e-9))
+    pipeline = auto_of(decoder, slow, tmp_path, model=At16(**vars(CHEAP_READS)))
+    pipeline.warm_up()
+    assert slow.read() == {(12, 16)}
+    wanted = "serial: 40:92 won at 16 tokens (1.20x), but is not read beside that; not all is timed"
+    assert pipeline.statistics.choices[12] == f"{wanted} from 8 tokens on: {TIME_WAS_UP}"
+    lost = "auto: serial is faster than 56:76, 72:60 for every batch"
+    assert pipeline.statistics.why_none == f"{lost}; auto: {TIME_WAS_UP}"
+
+
+def test_reading_again_is_over_values_and_leaves_the_clock(decoder, tmp_path):
+    machine = Machine({"40:92": 1.2})
+    auto_of(decoder, machine, tmp_path).warm_up()
+    pipeline = auto_of(decoder, Machine({"40:92": 1.2}), tmp_path)
+    pipeline.warm_up()  # from the file: no trial of its own
+    pipeline.kv_cache.blocks.fill_(torch.nan)
+    other = Machine({"40:92": 0.5})
+    other.watch = lambda mode: assert_finite(pipeline)
+    kept, choices = pipeline._time_step, dict(pipeline.choices)
+    context = min(pipeline.readings[12])
+    found = pipeline.read_again(12, context, other.step_ms)
+    assert found == {"serial": 10.0, "40:92": 20.0, "56:76": 10.0, "72:60": 10.0}
+    assert pipeline._time_step == kept and pipeline.choices == choices
+    assert not pipeline.block_table.any()
+
+
+def assert_finite(pipeline: AutoPipeline) -> None:
+    assert pipeline.buffers.logits[:4].isfinite().all()
 
 
 def test_next_to_where_a_split_wins_it_is_timed_too(decoder, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ def test_a_map_goes_on_where_it_was_left(tmp_path, monkeypatch, capsys):
 
 def test_a_map_begins_where_there_is_most_to_win():
     args = _parse(["--map", "--model", "Qwen3-8B"])
+    assert args.layers == 36
     model = step_model(ModelConfig.from_dict(SHAPES["Qwen3-8B"]), 2, H200, 2, Placement())
     cells = most_telling_first(args.cells, args.splits, model)
     assert len(cells) == len(set(cells)) == 28

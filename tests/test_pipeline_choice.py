@@ -134,6 +134,23 @@ def test_next_to_where_a_split_won_it_is_read_too():
     assert not_read(read, to_read(read, could_win)) == {2048: ["56:76"]}
 
 
+def test_what_another_pool_has_read_lies_between_and_goes_on():
+    """Contexts of a pool are up to what it holds, so that starts read at different ones."""
+    won, lost = {"serial": 10.0, "48:84": 9.0}, {"serial": 10.0, "56:76": 11.0}
+    could_win = {512: ["48:84"], 1024: ["48:84"]}
+    read = {512: won, 768: lost, 1024: won}
+    assert choose(read) == (Choice(1024, 1024 * REACH, "48:84", pytest.approx(10 / 9)),)
+    assert not_read(read, to_read(read, could_win)) == {768: ["48:84"]}
+    (choice,) = choose(read | {768: lost | won})
+    assert (choice.low, choice.mode) == (512, "48:84")
+    # the same of the longest: a little shorter there, and still what comes before it is read
+    could_win = {512: [], 800: ["48:84"]}
+    read = {790: won}
+    assert not_read(read, to_read(read, could_win)) == {512: ["48:84"]}
+    # what this pool cannot hold is not asked for
+    assert set(to_read({1600: won}, could_win)) == {512, 800}
+
+
 def test_the_longest_context_stands_for_those_that_are_little_longer():
     read = {512: {"serial": 10.0, "48:84": 9.0}}
     assert chosen(read, 512) == chosen(read, 576) == "48:84"

@@ -134,7 +134,15 @@ def test_one_split_for_all_is_held_against_the_rule():
     assert (found.claim, found.statement, found.verdict) == (9, "limit: static split", "lifted")
     assert found.over_one == "1.25" and "(512 requests of 4096 tokens)" in found.why
     assert "at most 0.0% longer" in found.why and "all 2 cells" in found.why
+    assert found.command.endswith("--map --model Qwen3-0.6B --layers 28")
     assert lifted_limits.split_findings(map_rows, "Qwen3-4B") == []
+    few = [row | {"num_layers": "6", "ends_ms": "0.5"} for row in map_rows[:5]]
+    assert lifted_limits.split_findings([*few, *map_rows], "Qwen3-0.6B") == [found]
+    deep = [
+        step("serial", 10.0, context=str(n), num_layers="6", ends_ms="0.5") for n in range(1, 5)
+    ]
+    (of_more_cells,) = lifted_limits.split_findings([*few, *deep, *map_rows], "Qwen3-0.6B")
+    assert of_more_cells.command.endswith("--layers 6")
     assert lifted_limits.split_findings([step("serial", 10.0)], "Qwen3-0.6B") == []
 
 

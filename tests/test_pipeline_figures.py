@@ -62,6 +62,8 @@ def test_depths_stand_apart_and_few_layers_are_said_to_flatter_serial():
     maps = regime_maps(rows)
     assert maps[GPU, "Qwen3-8B", 36] == {(64, 512): Cell(pytest.approx(12 / 11), "48:84")}
     assert maps[GPU, "Qwen3-8B", 6] == regime_maps(STEPS)[GPU, "Qwen3-8B", 6]
+    between = [rows[4], rows[-2], rows[5], rows[-1]]  # serial of 6, of 36, and splits of both
+    assert regime_maps(between)[GPU, "Qwen3-8B", 6][64, 512].speedup == pytest.approx(7 / 13)
     titles = [title.splitlines()[0] for _, _, title in shown(plot.draw_maps(rows))]
     few = f"Qwen3-8B from 6 layers (up to 6% too low) on {GPU}"
     assert sorted(titles) == sorted([few, f"Qwen3-8B on {GPU}"])

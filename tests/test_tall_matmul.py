@@ -211,7 +211,7 @@ def test_shared_tiles_are_dealt_out_whole_and_each_piece_to_the_next_group(
     group_m=st.integers(1, 9),
     num_programs=st.integers(1, 132),
 )
-@example(2560, 24, 8, 132)  # three rows of tiles less than a group has
+@example(2560, 24, 8, 132)  # 20 rows of tiles in groups of 8: the last has 4
 def test_whole_tiles_are_dealt_out_once_and_evenly(M, num_n, group_m, num_programs):
     N = num_n * 64 - 3
     corners = [(m * 128, n * 64) for m in range(cdiv(M, 128)) for n in range(num_n)]

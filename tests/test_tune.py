@@ -73,6 +73,22 @@ def test_a_sustained_reading_is_of_whole_rounds_of_calls(clock, monkeypatch):
     assert captured == [4, 6, 10] and winner([readings]) == SMALL
 
 
+def test_the_command_line_asks_for_sustained_readings(tmp_path, monkeypatch):
+    asked = []
+
+    def sweep(product, tiles, device, num_sms, seconds):
+        asked.append(seconds)
+        return [(None, 1.0)]
+
+    monkeypatch.setattr(tune, "sweep", sweep)
+    monkeypatch.setattr(tune, "products", lambda model, tokens: [toy])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
+    argv = ["--model", "Qwen3-0.6B", "--tokens", "3", "--tiles", str(tmp_path / "tiles.json")]
+    tune.main([*argv, "--device", "cuda:0", "--sustained", "0.5"])
+    tune.main([*argv, "--device", "cpu"])
+    assert asked == [0.5] * 2 + [0.0] * 2  # at both ends of the bucket
+
+
 def test_sustained_readings_are_refused_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--device", "cpu", "--sustained", "1"])
