@@ -35,7 +35,7 @@ ONE, TWO = ("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WAYS = ["kernel", "copy_engine", "staged"]
 SPIN_CYCLES = 200_000_000  # some 100 ms
-MAX_MODEL_LEN = 1024
+MAX_MODEL_LEN = 1024  # of gpu_llm
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, MAX_MODEL_LEN - 1]
 
 
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_one_device(folder, devices, kv_handoff, way, num, m
 def test_tokens_behind_prompts_of_every_length_are_those_of_one_device(folder, devices, kv_handoff):
     """To the bit, one prompt after the other: batches and launches are the same on both sides."""
     prompts, found = prompts_of_lengths(LENGTHS), []
-    options = {"enable_prefix_caching": False, "max_model_len": MAX_MODEL_LEN}
+    options = {"enable_prefix_caching": False}
     for llm_of in (partial(one_device_llm, folder), partial(pd_llm, folder, kv_handoff=kv_handoff)):
         with llm_of(**options) as llm:
             without_padded_prefill(llm)
@@ -117,8 +117,8 @@ def test_turns_of_a_conversation_hit_either_prefix_cache(folder, devices, kv_han
     than one device without a cache, so that near ties may part."""
     (text,) = prompts_of_lengths([300])
     num_cached, num_sent = [], []
-    with one_device_llm(folder, enable_prefix_caching=False) as whole:
-        with pd_llm(folder, kv_handoff=kv_handoff) as llm:
+    with pd_llm(folder, kv_handoff=kv_handoff) as llm:
+        with one_device_llm(folder, enable_prefix_caching=False) as whole:
             block_bytes = llm._core.decode.kv_cache.blocks[0].nbytes
             for turn in prompts_of_lengths([20, 40, 60]):
                 outputs = llm.generate([text], greedy(40))
