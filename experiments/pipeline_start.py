@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # nothing that an earlier run or another model has kept
             os.environ["GREENLANE_CACHE"] = str(Path(root) / f"{model} cache")
             shape = {"model": model, "num_layers": layers, "max_num_seqs": args.max_num_seqs}
+            shape |= {"num_kv_blocks": args.num_kv_blocks}
             for what in args.what:
                 if device.type != "cuda" and what not in SERIAL_STARTS:
                     print(f"{what} left out: a CPU has no SMs to divide", file=sys.stderr)

@@ -19,7 +19,7 @@ from tests.decode_steps import decoder_of, row_by_row, worker_options
 from tests.test_auto_pipeline import Machine, auto_of
 from tests.test_bench_pipeline import TINY
 
-SHAPE = ["model", "num_layers", "max_num_seqs"]
+SHAPE = ["model", "num_layers", "max_num_seqs", "num_kv_blocks"]
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def argv(monkeypatch, tmp_path) -> list[str]:
 
 def test_a_cpu_has_serial_starts_alone(argv, capsys):
     """In processes of their own, which know nothing of what a test has patched."""
-    main([*argv, "--what", "serial", "cold", "splits"])
+    main([*argv, "--what", "serial", "cold", "splits", "--num-kv-blocks", "64"])
     (row,) = read_rows(Path(argv[-1]), [*SHAPE, *Found.__dataclass_fields__, *environment("cpu")])
-    assert [row[name] for name in SHAPE] == ["tiny", "2", "4"]
+    assert [row[name] for name in SHAPE] == ["tiny", "2", "4", "64"]
     assert row["what"] == "serial" and float(row["seconds"]) > 0 and row["num_graphs"] == "0"
     assert row["calibration_s"] == row["num_untimed"] == row["taken_mib"] == ""
     out, err = capsys.readouterr()
