@@ -82,11 +82,7 @@ class AutoPipeline(TrialSteps):
         modes = self._readings[batch][context].keys() - {SERIAL}
         there = [mode for mode in sorted(modes) if self._streams_of(mode) is not None]
         self._fill_cache()  # no trial of this start may have done so
-        kept, self._time_step = self._time_step, time_step
-        try:
-            return self._times(batch, context, there, deadline=math.inf)
-        finally:
-            self._time_step = kept
+        return self._times(batch, context, there, math.inf, time_step)
 
     def _mode_of(self, num_requests: int, num_kv_tokens: int) -> StageStreams | None:
         choices = self.choices.get(self._bucket_of(num_requests), ())

@@ -47,9 +47,8 @@ def to_read(readings: Readings, could_win: Mapping[int, Sequence[str]]) -> dict[
     found = {c: list(could_win.get(c, ())) for c in contexts if c <= longest}
     for one, other in pairwise(contexts):
         for context, beside in ((one, other), (other, one)):
-            ms = readings.get(beside, {})
-            won = winners(ms)
             if context in found:
+                won = winners(readings.get(beside, {}))
                 found[context] += [mode for mode in won if mode not in found[context]]
     return found
 

@@ -78,11 +78,17 @@ class TrialSteps(DecodePipeline):
         self._why_not: dict[str, str] = {}  # splits that could not be had, or whose steps failed
 
     def _times(
-        self, batch: int, context: int, modes: Iterable[str], deadline: float
+        self,
+        batch: int,
+        context: int,
+        modes: Iterable[str],
+        deadline: float,
+        time_step: TimeStep | None = None,
     ) -> dict[str, float]:
         """Milliseconds of the serial step and of each of these splits, medians of several rounds,
-        of one for what is FAR; those that fail are left out. TimeIsUp where the clock passes the
-        deadline."""
+        of one for what is FAR; those that fail are left out. time_step: None for its own. TimeIsUp
+        where the clock passes the deadline."""
+        time_step = time_step or self._time_step
         found: defaultdict[str, list[float]] = defaultdict(list)
         in_turn = [SERIAL, *modes]
         with self._requests_of(batch, context):
@@ -93,7 +99,7 @@ class TrialSteps(DecodePipeline):
                     with self._left_out_on_error(mode):
                         run = self._launcher(batch, context, self.streams.get(mode))
                         if turn:
-                            found[mode].append(self._time_step(batch, context, mode, run))
+                            found[mode].append(time_step(batch, context, mode, run))
                         else:
                             run()  # captures, where that is still to do
                 in_turn = [mode for mode in in_turn if mode not in self._why_not]

@@ -14,14 +14,12 @@ chosen one takes longer than the best (issue 5: 2 % at most).
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,8 +32,14 @@ from engine.pipeline_choice import mode_at
 from engine.pipeline_stats import SERIAL
 from engine.trial_steps import replay_ms
 from experiments.harness import RESULTS, append_row, environment, table
-from experiments.pipeline_start import add_size_arguments, engine_options, in_a_process, start
-from experiments.shapes import SHAPES, write_config
+from experiments.pipeline_start import (
+    add_start_arguments,
+    engine_options,
+    fresh_models,
+    in_a_process,
+    sizes_of,
+    start,
+)
 
 WHAT = "check"
 
@@ -135,36 +139,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, append the rows to the CSV, print a table and the largest loss."""
     args = _parse(argv)
     stamp = environment(torch.device(args.device))
-    with TemporaryDirectory() as root:
-        for model in args.model:
-            layers = args.layers or SHAPES[model]["num_hidden_layers"]
-            folder = write_config(model, Path(root) / model, num_hidden_layers=layers)
-            # nothing that an earlier run or another model has kept
-            os.environ["GREENLANE_CACHE"] = str(Path(root) / f"{model} cache")
-            options = engine_options(args, WHAT)
-            for i in range(1, args.starts):
-                in_a_process(start, f"start {i}", folder, options)
-            work = partial(check, reading_ms=args.reading_ms, max_seconds=args.max_seconds)
-            rows = in_a_process(work, WHAT, folder, options)
-            for row in rows:
-                shape = {"model": model, "num_layers": layers, "reading_ms": args.reading_ms}
-                shape |= {"max_num_seqs": args.max_num_seqs, "num_kv_blocks": args.num_kv_blocks}
-                append_row(args.out, shape | asdict(row) | stamp)
-            if found := lines(rows):
-                print(f"{model}, {stamp['gpu']}\n{table(found, list(found[0]))}")
-                worst = max(found, key=lambda line: line["lost"])
-                print(f"lost at most: {worst['lost']:.1%}, {worst['batch']} x {worst['context']}")
+    options = engine_options(args, WHAT)
+    work = partial(check, reading_ms=args.reading_ms, max_seconds=args.max_seconds)
+    for folder, model in fresh_models(args):
+        for i in range(1, args.starts):
+            in_a_process(start, f"start {i}", folder, options)
+        rows = in_a_process(work, WHAT, folder, options)
+        shape = model | {"reading_ms": args.reading_ms} | sizes_of(args)
+        for row in rows:
+            append_row(args.out, shape | asdict(row) | stamp)
+        if found := lines(rows):
+            print(f"{model['model']}, {stamp['gpu']}\n{table(found, list(found[0]))}")
+            worst = max(found, key=lambda line: line["lost"])
+            print(f"lost at most: {worst['lost']:.1%}, {worst['batch']} x {worst['context']}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-8B"])
-    p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
-    add_size_arguments(p)
+    add_start_arguments(p)
     p.add_argument("--starts", type=int, default=3, metavar="N")
     p.add_argument("--reading-ms", type=float, default=200.0, metavar="MS")
     p.add_argument("--max-seconds", type=float, default=240.0, help="of the last start")
-    p.add_argument("--device", default="cuda:0")
     p.add_argument("--out", type=Path, default=RESULTS / "auto_check.csv")
     args = p.parse_args(argv)
     if args.starts < 1 or not args.reading_ms > 0:

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -182,47 +182,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     device = torch.device(args.device)
     stamp, rows = environment(device), []
-    with TemporaryDirectory() as root:
-        for model in args.model:
-            layers = args.layers or SHAPES[model]["num_hidden_layers"]
-            folder = write_config(model, Path(root) / model, num_hidden_layers=layers)
-            # nothing that an earlier run or another model has kept
-            os.environ["GREENLANE_CACHE"] = str(Path(root) / f"{model} cache")
-            shape = {"model": model, "num_layers": layers, "max_num_seqs": args.max_num_seqs}
-            shape |= {"num_kv_blocks": args.num_kv_blocks}
-            for what in args.what:
-                if device.type != "cuda" and what not in SERIAL_STARTS:
-                    print(f"{what} left out: a CPU has no SMs to divide", file=sys.stderr)
-                    continue
-                work = capture if what == CAPTURED else start
-                for found in in_a_process(work, what, folder, engine_options(args, what)):
-                    rows.append(shape | asdict(found))
-                    append_row(args.out, rows[-1] | stamp)
+    for folder, model in fresh_models(args):
+        for what in args.what:
+            if device.type != "cuda" and what not in SERIAL_STARTS:
+                print(f"{what} left out: a CPU has no SMs to divide", file=sys.stderr)
+                continue
+            work = capture if what == CAPTURED else start
+            for found in in_a_process(work, what, folder, engine_options(args, what)):
+                rows.append(model | sizes_of(args) | asdict(found))
+                append_row(args.out, rows[-1] | stamp)
     if rows:
         print(table(rows, list(rows[0])))
 
 
+def fresh_models(args: argparse.Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder of each model and the columns that say which it is, with nothing in the cache that
+    an earlier run or another model has kept."""
+    with TemporaryDirectory() as root:
+        for model in args.model:
+            layers = args.layers or SHAPES[model]["num_hidden_layers"]
+            folder = write_config(model, Path(root) / model, num_hidden_layers=layers)
+            os.environ["GREENLANE_CACHE"] = str(Path(root) / f"{model} cache")
+            yield folder, {"model": model, "num_layers": layers}
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, int | None]:
+    """Options of the LLM, and columns."""
+    return {"max_num_seqs": args.max_num_seqs, "num_kv_blocks": args.num_kv_blocks}
+
+
 def engine_options(args: argparse.Namespace, what: str) -> dict[str, Any]:
     """Of the LLM that starts."""
-    options = {"device": args.device, "load_format": "dummy", "max_num_seqs": args.max_num_seqs}
-    options |= {"max_model_len": MAX_MODEL_LEN, "num_kv_blocks": args.num_kv_blocks}
-    return options | {"decode_pipeline": "disabled" if what in SERIAL_STARTS else "auto"}
+    mode = "disabled" if what in SERIAL_STARTS else "auto"
+    options = {"device": args.device, "load_format": "dummy", "max_model_len": MAX_MODEL_LEN}
+    return options | sizes_of(args) | {"decode_pipeline": mode}
 
 
-def add_size_arguments(p: argparse.ArgumentParser) -> None:
-    """Those that `engine_options` takes."""
+def add_start_arguments(p: argparse.ArgumentParser) -> None:
+    """Those that `fresh_models` and `engine_options` take."""
+    p.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-8B"])
+    p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
+    p.add_argument("--device", default="cuda:0")
     p.add_argument("--max-num-seqs", type=int, default=1024, metavar="N")
     p.add_argument("--num-kv-blocks", type=int, metavar="N", help="default: what memory is left")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", nargs="+", choices=SHAPES, default=["Qwen3-8B"])
-    p.add_argument("--layers", type=int, help="layers of it to run (default: all)")
-    add_size_arguments(p)
+    add_start_arguments(p)
     what = (*STARTS, CAPTURED)
     p.add_argument("--what", nargs="+", choices=what, default=what, help="default: all, in order")
-    p.add_argument("--device", default="cuda:0")
     p.add_argument("--out", type=Path, default=RESULTS / "pipeline_start.csv")
     return p.parse_args(argv)
 

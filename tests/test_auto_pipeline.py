@@ -55,7 +55,14 @@ class AnythingGoes(StepModel):
         return tuple(splits)
 
 
-ANYTHING = AnythingGoes(**vars(CHEAP_READS))
+class At16(AnythingGoes):
+    """Nothing could win elsewhere, by arithmetic."""
+
+    def could_win(self, batch, context, split) -> bool:
+        return context == 16
+
+
+ANYTHING, AT_16 = (kind(**vars(CHEAP_READS)) for kind in (AnythingGoes, At16))
 
 
 @dataclass
@@ -300,12 +307,8 @@ def test_a_win_with_nothing_read_beside_it_is_none_yet(decoder, tmp_path, monkey
     """What lies next to it is unread, and not what cannot win."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
 
-    class At16(AnythingGoes):
-        def could_win(self, batch, context, split) -> bool:
-            return context == 16
-
     slow = Machine({"40:92": 1.2}, seconds_a_reading=CALIBRATION_SECONDS / 12 * (1 + 1e-9))
-    pipeline = auto_of(decoder, slow, tmp_path, model=At16(**vars(CHEAP_READS)))
+    pipeline = auto_of(decoder, slow, tmp_path, model=AT_16)
     pipeline.warm_up()
     assert slow.read() == {(12, 16)}
     wanted = "serial: 40:92 won at 16 tokens (1.20x), but is not read beside that; not all is timed"
@@ -338,27 +341,20 @@ def test_next_to_where_a_split_wins_it_is_timed_too(decoder, tmp_path, monkeypat
     """What lies between two contexts is judged by the times at both."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
 
-    class At16(AnythingGoes):
-        """Nothing could win elsewhere, by arithmetic."""
-
-        def could_win(self, batch, context, split) -> bool:
-            return context == 16
-
-    model = At16(**vars(CHEAP_READS))
     lost = Machine(dict.fromkeys(("40:92", "56:76", "72:60"), 0.99))
-    pipeline = auto_of(decoder, lost, tmp_path / "lost", model=model)
+    pipeline = auto_of(decoder, lost, tmp_path / "lost", model=AT_16)
     pipeline.warm_up()
     assert {context for _, context in lost.read()} == {16}
     assert not any(pipeline.choices.values())
     won = Machine({"40:92": 1.2})
-    pipeline = auto_of(decoder, won, tmp_path / "won", model=model)
+    pipeline = auto_of(decoder, won, tmp_path / "won", model=AT_16)
     pipeline.warm_up()
     assert {context for _, context in won.read()} == {8, 16, 32, LONGEST}
     elsewhere = {mode for _, context, mode in won.asked if context != 16}
     assert elsewhere == {"serial", "40:92"}, "the others lost"
     assert pipeline.statistics.choices[12].startswith("40:92 at 8-72 tokens")
     again = Machine()
-    auto_of(decoder, again, tmp_path / "won", model=model).warm_up()
+    auto_of(decoder, again, tmp_path / "won", model=AT_16).warm_up()
     assert not again.asked
 
 

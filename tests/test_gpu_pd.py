@@ -1,6 +1,5 @@
 """The engine on two GPUs, or on two pools of one: bf16, graphs, copies that run beside launches."""
 
-import random
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -16,7 +15,7 @@ from engine.pd_core import MAX_CHUNKS, PUSH_GROUPS, PUSH_TOKENS
 from engine.prefill import PrefillWorker, all_token_buckets
 from engine.request import RequestState
 from experiments.shapes import write_config
-from tests import late_link
+from tests import late_link, test_pd_llm
 from tests.late_link import NAN
 from tests.test_gpu_engine import (
     CHANGES,
@@ -31,12 +30,13 @@ from tests.test_gpu_engine import (
 from tests.test_llm import assert_idle, run_all
 
 pytestmark = pytest.mark.gpu
+prompts_of_lengths = partial(test_pd_llm.prompts_of, vocab_size=10_000)
 ONE, TWO = ("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 WAYS = ["kernel", "copy_engine", "staged"]
 SPIN_CYCLES = 200_000_000  # some 100 ms
 MAX_MODEL_LEN = 1024  # of gpu_llm
-LENGTHS = [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, MAX_MODEL_LEN - 1]
+LENGTHS = [*test_pd_llm.LENGTHS[:-1], MAX_MODEL_LEN - 1]
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +131,6 @@ def test_turns_of_a_conversation_hit_either_prefix_cache(folder, devices, kv_han
     # filled whole, and decode also 39 of the 40 tokens behind them
     assert num_cached == [0, 288, 352]
     assert num_sent == list(accumulate([19, 23 - 21, 28 - 24]))
-
-
-def prompts_of_lengths(lengths: list[int]) -> list[list[int]]:
-    rng = random.Random(len(lengths))
-    return [[rng.randrange(10_000) for _ in range(length)] for length in lengths]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
