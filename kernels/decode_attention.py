@@ -39,7 +39,7 @@ SPLIT_UNIT = 64  # tokens that a split is a multiple of, and splits are dealt ou
 MAX_SPLITS = 64  # splits of one context
 TAIL_PART = 4  # of a large batch, the part that the pipeline's groups come for: a quarter
 TAIL_SHARES = 4  # pieces of it for each group
-MIN_TAIL = 4  # units of it for each group: one split's
+MIN_TAIL = 6  # units of it for each group: fewer are read sooner than their shares are looked up
 JOIN_AHEAD = 8  # partial results that are loaded together when splits are joined
 MIN_BLOCK_B = 128  # lanes over the requests: one compiled kernel serves all small batches
 MAX_BLOCK_B = 256  # of the pipeline, which looks at more requests one part after the other
@@ -47,9 +47,9 @@ MAX_BLOCK_B = 256  # of the pipeline, which looks at more requests one part afte
 # of the plain kernel
 PROGRAMS_PER_SM = 2  # of the whole GPU: with more, they get in each other's way in memory
 PROGRAMS_PER_SM_OF_FEW = 3  # what fits shared memory: few SMs need more loads in flight each
-# Of a thread, for 16-bit heads wider than 128, of which no third program fits: left to itself,
-# ptxas may spill so that it would. In fp32 it spills with this limit, and not without.
-MAX_REGISTERS_OF_WIDE = 255
+# Of a thread: left to itself, ptxas may spill so that a program more would fit, and there is none.
+# Of the plain kernel for 16-bit heads wider than 128: in fp32 it spills with this limit alone.
+MAX_REGISTERS = 255
 
 # Of the pipeline: programs of one warp each, whose rings fill shared memory. On an H100 as fast as
 # fewer steps and more programs where the batch is large, and faster where it is small.
@@ -267,7 +267,7 @@ def _launch_plain(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        maxnreg=MAX_REGISTERS_OF_WIDE if is_wide else None,
+        maxnreg=MAX_REGISTERS if is_wide else None,
         **_options(q, kv_cache),
     )
 
@@ -318,5 +318,6 @@ def _launch_pipeline(
         BLOCK_N=tile.BLOCK_N,
         STAGES=tile.num_stages,
         num_warps=1,
+        maxnreg=MAX_REGISTERS,
         **options | {"BLOCK_B": min(options["BLOCK_B"], MAX_BLOCK_B)},
     )

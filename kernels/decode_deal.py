@@ -83,36 +83,55 @@ def share_with(unit, in_all, front, num_groups, num_tail):
 
 
 @gluon.jit
-def open_share(
-    share, context_lens_ptr, B, num_groups, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
+def all_units(
+    context_lens_ptr, B, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
     FEW_SPLITS: gl.constexpr, MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
-    TAIL_PART: gl.constexpr, TAIL_SHARES: gl.constexpr, MIN_TAIL: gl.constexpr,
     BLOCK_B: gl.constexpr,
 ):  # fmt: skip
-    """(shares of the tail, the share's first unit and the one behind its last, the request that has
-    the first, units of those before it, the share that this request begins in). BLOCK_B: requests
-    looked at together."""
-    in_all = 0
-    for i in range(0, B, BLOCK_B):
-        units = _units_of(
+    """Of the splits of all B requests. BLOCK_B: requests looked at together."""
+    units = _units_of(
+        context_lens_ptr, 0, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
+        BLOCK_B,
+    )  # fmt: skip
+    for i in range(BLOCK_B, B, BLOCK_B):
+        units += _units_of(
             context_lens_ptr, i, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
             BLOCK_B,
         )  # fmt: skip
-        in_all += gl.sum(units, axis=0)
-    front, num_tail = tail_of(in_all, num_groups, TAIL_PART, TAIL_SHARES, MIN_TAIL)
-    start, end = share_at(share, in_all, front, num_groups, num_tail)
-    b, base, behind = 0, 0, 0
-    for i in range(0, B, BLOCK_B):
+    return gl.sum(units, axis=0)
+
+
+@gluon.jit
+def request_with(
+    unit, b, base, context_lens_ptr, B, SPLIT_LEN: gl.constexpr, MIN_SPLIT_LEN: gl.constexpr,
+    FEW_SPLITS: gl.constexpr, MAX_SPLITS: gl.constexpr, SPLIT_UNIT: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+):  # fmt: skip
+    """(the request that has this unit, units of those before it); B where none has. b, base: such a
+    pair to look on from, whose request is at most the one behind that wanted. Looking from the
+    first request on for every share costs more than reading where contexts are short."""
+    back = gl.maximum(b - 1, 0)  # the share before may have ended in the request that has it
+    splits, split_len = cut(
+        gl.load(context_lens_ptr + back), SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS,
+        SPLIT_UNIT,
+    )  # fmt: skip
+    base -= gl.where(b > 0, splits * (split_len // SPLIT_UNIT), 0)
+    b = back
+    units = _units_of(
+        context_lens_ptr, b, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
+        BLOCK_B,
+    )  # fmt: skip
+    held = gl.sum(units, axis=0)
+    while (base + held <= unit) & (b + BLOCK_B < B):
+        base += held
+        b += BLOCK_B
         units = _units_of(
-            context_lens_ptr, i, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
+            context_lens_ptr, b, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT,
             BLOCK_B,
         )  # fmt: skip
-        num_before, units_before = _requests_before(start - behind, units)
-        b += num_before
-        base += units_before
-        behind += gl.sum(units, axis=0)
-    first = share_with(base, in_all, front, num_groups, num_tail)
-    return num_tail, start, end, b, base, first
+        held = gl.sum(units, axis=0)
+    num_before, units_before = _requests_before(unit - base, units)
+    return gl.minimum(b + num_before, B), base + units_before
 
 
 @gluon.jit

@@ -11,7 +11,15 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate  # 3.6 has no public name for it
 
-from kernels.decode_deal import cut, next_share, open_share
+from kernels.decode_deal import (
+    all_units,
+    cut,
+    next_share,
+    request_with,
+    share_at,
+    share_with,
+    tail_of,
+)
 from kernels.decode_join import LOWEST, join_splits, store_out
 from kernels.hopper import (
     PIECE_D,
@@ -223,13 +231,20 @@ def _decode_pipeline_kernel(
     num_groups = gl.num_programs(0) // H_KV
     offs_g = gl.arange(0, ROWS, gl.SliceLayout(1, Q_LAYOUT))
     offs_d = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
-    step_count = 0
+    in_all = all_units(
+        context_lens_ptr, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS, SPLIT_UNIT, BLOCK_B
+    )
+    front, num_tail = tail_of(in_all, num_groups, TAIL_PART, TAIL_SHARES, MIN_TAIL)
+    step_count, b, base = 0, 0, 0
     share = group
     while share >= 0:
-        num_tail, start, end, b, base, first = open_share(
-            share, context_lens_ptr, B, num_groups, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS,
-            MAX_SPLITS, SPLIT_UNIT, TAIL_PART, TAIL_SHARES, MIN_TAIL, BLOCK_B,
+        start, end = share_at(share, in_all, front, num_groups, num_tail)
+        # from where the share before ended: a program's later ones begin further on
+        b, base = request_with(
+            start, b, base, context_lens_ptr, B, SPLIT_LEN, MIN_SPLIT_LEN, FEW_SPLITS, MAX_SPLITS,
+            SPLIT_UNIT, BLOCK_B,
         )  # fmt: skip
+        first = share_with(base, in_all, front, num_groups, num_tail)
         if PDL:
             gdc_wait()  # it holds but the first time
         while base < end:

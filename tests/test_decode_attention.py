@@ -3,6 +3,7 @@
 from importlib import import_module
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -170,6 +171,43 @@ def test_shares_have_every_unit_once_and_small_batches_no_tail(in_all, num_group
                 assert decode_deal.share_with.fn(unit, *shape) == share
             at = end
         assert at == in_all
+
+
+@given(
+    units=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    ends=st.lists(st.integers(0, 400), min_size=2, max_size=12),
+    block_b=st.sampled_from([1, 4, 64]),
+)
+@example([9, 9], [1, 2, 3, 4, 11, 18], 4)  # several shares of one request
+def test_a_later_share_is_found_from_where_the_last_ended(units, ends, block_b):
+    """The request that its first unit is in, and the units before that."""
+
+    def units_of(lens, first, num, *form):
+        assert 0 <= first < num
+        there = np.array(units[first : first + block_b])
+        return np.pad(there, (0, block_b - len(there)))
+
+    def requests_before(unit, block):
+        is_before = block.cumsum() <= unit
+        return is_before.sum(), block[is_before].sum()
+
+    class Blocks(Scalars):
+        sum = staticmethod(lambda block, axis: block.sum())
+        load = staticmethod(units.__getitem__)
+
+    parts = {"_units_of": units_of, "_requests_before": requests_before}
+    form = (0, len(units), *[1] * 5, block_b)
+    with patch.multiple(decode_deal, gl=Blocks, cut=lambda length, *form: (length, 1), **parts):
+        assert decode_deal.all_units.fn(*form) == sum(units)
+        ends = sorted(min(end, sum(units)) for end in ends)
+        b = base = 0
+        for start, end in zip(ends[::2], ends[1::2], strict=False):
+            b, base = decode_deal.request_with.fn(start, b, base, *form)
+            assert base == sum(units[:b]) <= start
+            assert start == sum(units) or start < base + units[b]
+            while base < end:
+                base += units[b]
+                b += 1
 
 
 @given(max_context=st.integers(1, 100_000), less=st.integers(0, 2000))

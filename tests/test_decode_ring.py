@@ -29,7 +29,8 @@ CUT = {
 TAIL = {name: getattr(decode_attention, name) for name in ("TAIL_PART", "TAIL_SHARES", "MIN_TAIL")}
 BLOCK_SIZE = 16
 PAST = -1  # the row of a block that is not there
-WALKED = ("cut", "run_of", "_attend_run")  # of the kernel's parts; others are stood in for
+# of the kernel's parts; others are stood in for
+WALKED = ("cut", "tail_of", "share_at", "share_with", "_attend_run")
 
 
 class Number(int):
@@ -134,18 +135,16 @@ class Batch:
         self.units = [splits * (length // CUT["SPLIT_UNIT"]) for splits, length in cuts]
         self.table = list(range(len(context_lens) * self.max_blocks))
         self.num_taken = 0
-        self.share = -1
 
-    def open_share(self, share: int, *shape: Any) -> tuple[int, ...]:
-        self.share = share
-        in_all = sum(self.units)
-        front, num_tail = decode_deal.tail_of.fn(in_all, self.num_groups, **TAIL)
-        start, end = decode_deal.share_at.fn(share, in_all, front, self.num_groups, num_tail)
+    def all_units(self, *shape: Any) -> int:
+        return sum(self.units)
+
+    def request_with(self, unit: int, *shape: Any) -> tuple[int, ...]:
         b = base = 0
-        while b < len(self.units) and base + self.units[b] <= start:
+        while b < len(self.units) and base + self.units[b] <= unit:
             base += self.units[b]
             b += 1
-        return num_tail, start, end, Number(b), base, Number(share)
+        return Number(b), base
 
     def next_share(self, taken: Any, num_groups: int, num_tail: int) -> int:
         self.num_taken += 1
@@ -175,7 +174,8 @@ def stood_in_for(batch: Batch, ring: Ring, gl: Scalars) -> Iterator[None]:
         "mbarrier": barrier,
         "_load_step": ring.load,
         "block_rows": block_rows,
-        "open_share": batch.open_share,
+        "all_units": batch.all_units,
+        "request_with": batch.request_with,
         "next_share": batch.next_share,
         "join_splits": lambda *args: (ANYTHING, ANYTHING),
     }
@@ -197,14 +197,14 @@ def walk(batch: Batch, ring: Ring, gl: Scalars) -> list[list[tuple[int, ...]]]:
         dtype=ANYTHING, layout=ANYTHING, block_type=SimpleNamespace(shape=[BLOCK_SIZE, 64])
     )
     shares: list[list[tuple[int, ...]]] = []
-    open_share = batch.open_share
+    request_with = batch.request_with
 
-    def opened(share: int, *shape: Any) -> tuple[int, ...]:
+    def opened(unit: int, *shape: Any) -> tuple[int, ...]:
         shares.append(ring.read)
         ring.read = []
-        return open_share(share, *shape)
+        return request_with(unit, *shape)
 
-    batch.open_share = opened
+    batch.request_with = opened
     paging = Pointer(batch.table), Pointer(batch.context_lens)
     with stood_in_for(batch, ring, gl):
         kernel(
@@ -214,7 +214,7 @@ def walk(batch: Batch, ring: Ring, gl: Scalars) -> list[list[tuple[int, ...]]]:
             rows_to_v=0, past=PAST, H_KV=1, GROUP=2, D=128, **CUT, **TAIL, JOIN_AHEAD=1,
             BLOCK_B=128, BLOCK_J=2, BLOCK_N=ring.BLOCK_N, STAGES=ring.STAGES, PDL=True,
         )  # fmt: skip
-    batch.open_share = open_share
+    batch.request_with = request_with
     return [*shares, ring.read]
 
 
