@@ -21,7 +21,7 @@ from engine.pipeline_choice import (
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams
 from engine.step_model import Split, StepModel
-from engine.trial_steps import TimeIsUp, TimeStep, TrialSteps, name_of
+from engine.trial_steps import Reading, TimeIsUp, TrialSteps, name_of
 
 CALIBRATION_SECONDS = 25.0  # after which no reading is begun, and nothing captured to be read
 TIME_WAS_UP = "the calibration's time was up; the next start goes on"
@@ -75,14 +75,16 @@ class AutoPipeline(TrialSteps):
         """What the choices rest on, by batch."""
         return self._readings
 
-    def read_again(self, batch: int, context: int, time_step: TimeStep) -> dict[str, float]:
-        """Times by time_step of the modes that were read there, splits that can still be had;
-        choices stay as they are. Before the first request alone; what steps run on is kept until
+    def read_again(self, batch: int, context: int, reading: Reading) -> dict[str, float]:
+        """Milliseconds of the modes that were read there, splits that can still be had; choices
+        stay as they are. Before the first request alone; what steps run on is kept until
         `close`."""
         modes = self._readings[batch][context].keys() - {SERIAL}
         there = [mode for mode in sorted(modes) if self._streams_of(mode) is not None]
         self._fill_cache()  # no trial of this start may have done so
-        return self._times(batch, context, there, math.inf, time_step)
+        with self._requests_of(batch, context):
+            self._capture(batch, context, [SERIAL, *there], math.inf)
+            return self._read(batch, context, [SERIAL, *there], reading, math.inf)
 
     def _mode_of(self, num_requests: int, num_kv_tokens: int) -> StageStreams | None:
         choices = self.choices.get(self._bucket_of(num_requests), ())

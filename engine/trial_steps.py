@@ -2,13 +2,12 @@
 of the device."""
 
 import math
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,15 +17,28 @@ from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams, in_a_line
 from engine.step_model import Split
 
-# batch, tokens that each request holds, mode, and what launches the step -> ms of it
-TimeStep = Callable[[int, int, str, Callable[[], None]], float]
-ROUNDS = 3  # readings of each mode, in turn with the others': clocks drift
-FAR = 0.03  # a split that takes so much longer than serial in the first round is not read again
-# At its power limit a GPU lowers its clocks by what it took before: on an H200 the first step of
-# a mode has taken up to 13 % less or 7 % more than it settles at some 0.1 s later. Behind 60 ms
-# some still took up to 10 % less.
-SETTLE_MS = 120.0
-READING_MS = 60.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Milliseconds of steps that come before those that count, and of these."""
+
+    settle_ms: float
+    ms: float
+
+
+# At its power limit an H200 lets the steps behind a pause or behind those of another mode take more
+# than the limit for most of a second, and less for a while after that: up to 10 % more or less time
+# than these steps take from then on.
+SHORT, LONG = Reading(60.0, 60.0), Reading(1000.0, 500.0)
+ROUNDS = 2  # short readings of each mode, in turn with the others'
+# Modes that by short readings take at most so much longer than the fastest are read long: short
+# ones have flattered splits, which take more power, by up to 3 %.
+NEAR = 0.02
+
+# batch, tokens that each request holds, mode, what launches the step, how -> ms of it
+TimeStep = Callable[[int, int, str, Callable[[], None], Reading], float]
 
 
 class TimeIsUp(Exception):
@@ -34,19 +46,12 @@ class TimeIsUp(Exception):
 
 
 def replay_ms(
-    batch: int,
-    context: int,
-    mode: str,
-    run: Callable[[], None],
-    *,
-    settle_ms: float = SETTLE_MS,
-    reading_ms: float = READING_MS,
+    batch: int, context: int, mode: str, run: Callable[[], None], reading: Reading
 ) -> float:
-    """Milliseconds of one launch, of as many as reading_ms holds, behind as many as settle_ms
-    holds; by events on the current stream, and waits for them."""
+    """Milliseconds of one launch, by events on the current stream; waits for them."""
     step_ms = _mean_ms(run, 1)
-    step_ms = _mean_ms(run, math.ceil(settle_ms / step_ms))
-    return _mean_ms(run, math.ceil(reading_ms / step_ms))
+    step_ms = _mean_ms(run, math.ceil(reading.settle_ms / step_ms))
+    return _mean_ms(run, math.ceil(reading.ms / step_ms))
 
 
 def _mean_ms(run: Callable[[], None], num: int) -> float:
@@ -78,38 +83,57 @@ class TrialSteps(DecodePipeline):
         self._why_not: dict[str, str] = {}  # splits that could not be had, or whose steps failed
 
     def _times(
+        self, batch: int, context: int, modes: Iterable[str], deadline: float
+    ) -> dict[str, float]:
+        """Milliseconds of the serial step and of each of these splits; those that fail are left
+        out. Of splits that are not NEAR, as short readings have them in proportion to the serial
+        step. TimeIsUp where the clock passes the deadline."""
+        in_turn, found = [SERIAL, *modes], dict[str, float]()
+        with self._requests_of(batch, context):
+            self._capture(batch, context, in_turn, deadline)
+            for _ in range(ROUNDS):
+                ms = self._read(batch, context, in_turn, SHORT, deadline)
+                found = {mode: min(t, found.get(mode, t)) for mode, t in ms.items()}
+            limit = (1 + NEAR) * min(found.values())
+            near = [mode for mode, t in found.items() if mode != SERIAL and t <= limit]
+            if near:
+                ms = self._read(batch, context, [SERIAL, *near], LONG, deadline)
+                scale = ms[SERIAL] / found[SERIAL]
+                found = {mode: t * scale for mode, t in found.items()} | ms
+        return {mode: t for mode, t in found.items() if mode not in self._why_not}
+
+    def _capture(self, batch: int, context: int, modes: Iterable[str], deadline: float) -> None:
+        """Before the first of them is read: after a pause a GPU has power to spare."""
+        self._each(batch, context, modes, deadline, lambda mode, run: run())
+
+    def _read(
+        self, batch: int, context: int, modes: Iterable[str], reading: Reading, deadline: float
+    ) -> dict[str, float]:
+        """Milliseconds of a step in each of these modes."""
+
+        def read(mode: str, run: Callable[[], None]) -> float:
+            return self._time_step(batch, context, mode, run, reading)
+
+        return self._each(batch, context, modes, deadline, read)
+
+    def _each(
         self,
         batch: int,
         context: int,
         modes: Iterable[str],
         deadline: float,
-        time_step: TimeStep | None = None,
-    ) -> dict[str, float]:
-        """Milliseconds of the serial step and of each of these splits, medians of several rounds,
-        of one for what is FAR; those that fail are left out. time_step: None for its own. TimeIsUp
-        where the clock passes the deadline."""
-        time_step = time_step or self._time_step
-        found: defaultdict[str, list[float]] = defaultdict(list)
-        in_turn = [SERIAL, *modes]
-        with self._requests_of(batch, context):
-            for turn in range(1 + ROUNDS):
-                for mode in in_turn:
-                    if self._clock() >= deadline:
-                        raise TimeIsUp
-                    with self._left_out_on_error(mode):
-                        run = self._launcher(batch, context, self.streams.get(mode))
-                        if turn:
-                            found[mode].append(time_step(batch, context, mode, run))
-                        else:
-                            run()  # captures, where that is still to do
-                in_turn = [mode for mode in in_turn if mode not in self._why_not]
-                if turn:
-                    limit = (1 + FAR) * found[SERIAL][0]
-                    in_turn = [mode for mode in in_turn if found[mode][0] <= limit]
-                    if in_turn == [SERIAL]:
-                        break
-        there = [mode for mode in found if mode not in self._why_not]
-        return {mode: statistics.median(found[mode]) for mode in there}
+        work: Callable[[str, Callable[[], None]], T],
+    ) -> dict[str, T]:
+        """work(mode, what launches its step) of each of these; without those that fail."""
+        found = {}
+        for mode in modes:
+            if self._clock() >= deadline:
+                raise TimeIsUp
+            if mode not in self._why_not:
+                with self._left_out_on_error(mode):
+                    run = self._launcher(batch, context, self.streams.get(mode))
+                    found[mode] = work(mode, run)
+        return found
 
     def _streams_of(self, mode: str) -> StageStreams | None:
         """Of a split; None where it cannot be had."""

@@ -3,10 +3,10 @@
     python -m experiments.auto_check --model Qwen3-8B [--layers 36] [--starts 3] [--max-seconds 240]
 
 The engine starts --starts times over dummy weights, each time in a process of its own that goes on
-from the times which those before have kept. In the last one, every batch and context that was timed
-is timed again before any request comes: the serial step and every split that `auto` tried there, in
-turn, --reading-ms at a time behind as many in which clocks settle, medians of several rounds. A
-calibration has less time for a reading, and chooses the best of several.
+from the times which those before have kept. In the last one, before any request comes, the serial
+step and every split that `auto` read there are read again, the closest calls first: each
+--reading-ms, behind a second of the same steps. A calibration has less time for a reading, and
+chooses the best of several.
 
 A row for each mode goes to experiments/results/auto_check.csv: what the calibration read, what was
 read now, and whether this is the mode that steps of such a batch run on. `lost` is by how much the
@@ -30,7 +30,7 @@ from engine.device import DeviceStream
 from engine.pipeline import DecodePipeline
 from engine.pipeline_choice import mode_at
 from engine.pipeline_stats import SERIAL
-from engine.trial_steps import replay_ms
+from engine.trial_steps import LONG, Reading
 from experiments.harness import RESULTS, append_row, environment, table
 from experiments.pipeline_start import (
     add_start_arguments,
@@ -59,8 +59,8 @@ class Checked:
 def check(
     what: str, folder: Path, options: dict[str, Any], *, reading_ms: float, max_seconds: float
 ) -> list[Checked]:
-    """Start, and read again what the start has read, the largest batches first, for so many seconds
-    at most."""
+    """Start, and read again what the start has read, the closest calls first; none is begun after
+    max_seconds."""
     begin = time.perf_counter()
     with LLM(folder, **options) as llm:
         runner: DecodePipeline = llm.decode_runner
@@ -70,32 +70,34 @@ def check(
             return []
         found: list[Checked] = []
         with DeviceStream(runner.device).active():
-            for batch, context in sorted(cells(runner), reverse=True):
+            for batch, context in cells(runner):
                 if time.perf_counter() - begin > max_seconds:
                     print(f"{what}: out of time at {batch} x {context}", file=sys.stderr)
                     break
-                found += checked(runner, batch, context, reading_ms)
+                found += checked(runner, batch, context, Reading(LONG.settle_ms, reading_ms))
         if not found:
             print(f"{what}: nothing to check: nothing was timed", file=sys.stderr)
         return found
 
 
 def cells(runner: AutoPipeline) -> list[tuple[int, int]]:
-    """Batch and context of all that was read and that the KV cache holds."""
+    """Batch and context of all that was read and that the KV cache holds; first where serial and
+    the best split are the closest."""
     num_tokens = runner.kv_cache.num_blocks * runner.kv_cache.block_size
-    return [
-        (batch, context)
+    gaps = {
+        (batch, context): abs(ms[SERIAL] / min(splits) - 1)
         for batch, readings in runner.readings.items()
-        for context in readings
-        if batch * context <= num_tokens
-    ]
+        for context, ms in readings.items()
+        if (splits := [t for mode, t in ms.items() if mode != SERIAL])
+        and batch * context <= num_tokens
+    }
+    return sorted(gaps, key=lambda cell: (gaps[cell], cell))
 
 
-def checked(runner: AutoPipeline, batch: int, context: int, reading_ms: float) -> list[Checked]:
+def checked(runner: AutoPipeline, batch: int, context: int, reading: Reading) -> list[Checked]:
     """Its modes, serial first."""
     read = runner.readings[batch][context]
-    time_step = partial(replay_ms, settle_ms=reading_ms, reading_ms=reading_ms)
-    found = runner.read_again(batch, context, time_step)
+    found = runner.read_again(batch, context, reading)
     chosen = mode_at(runner.choices.get(batch, ()), batch, batch * context)
     return [
         Checked(
@@ -158,7 +160,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_start_arguments(p)
     p.add_argument("--starts", type=int, default=3, metavar="N")
-    p.add_argument("--reading-ms", type=float, default=200.0, metavar="MS")
+    p.add_argument("--reading-ms", type=float, default=1000.0, metavar="MS")
     p.add_argument("--max-seconds", type=float, default=240.0, help="of the last start")
     p.add_argument("--out", type=Path, default=RESULTS / "auto_check.csv")
     args = p.parse_args(argv)

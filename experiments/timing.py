@@ -27,6 +27,7 @@ class Effort:
     reading_ms: float = 80.0
     min_replays: int = 10
     max_replays: int = 50
+    settle_ms: float = 0.0  # of calls launched from Python before the first that counts
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,20 @@ def _replay(graph: torch.cuda.CUDAGraph, times: int, stream: torch.cuda.Stream) 
 
 def _time_launches(run: Run, copies: int, effort: Effort) -> Times:
     stream = torch.cuda.current_stream()
-    ms = []
-    for _ in range(effort.min_replays + 1):
+
+    def round_ms() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(stream)
         for i in range(copies):
             run(i)
         end.record(stream)
         stream.synchronize()
-        ms.append(start.elapsed_time(end) / copies)
-    return Times.of(ms[1:])
+        return start.elapsed_time(end)
+
+    settled_ms = round_ms()
+    while settled_ms < effort.settle_ms:
+        settled_ms += round_ms()
+    return Times.of([round_ms() / copies for _ in range(effort.min_replays)])
 
 
 def _time_on_host(run: Run, copies: int, effort: Effort) -> Times:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.pipeline_stats import SERIAL
+from engine.trial_steps import LONG, Reading
 from experiments import auto_check
 from experiments.auto_check import Checked, cells, checked, lines, main
 from experiments.harness import environment, read_rows
@@ -35,12 +36,13 @@ def test_a_choice_that_longer_readings_do_not_bear_out(decoder, tmp_path, monkey
         pipeline.warm_up()
         choices = dict(pipeline.choices)
         steady = Machine({"56:76": 0.8, "40:92": 1.25})
-        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, **_: steady.step_ms(*of))
+        pipeline._time_step = steady.step_ms
         all_cells = cells(pipeline)
         assert {(12, 16), (4, 64)} <= set(all_cells)
-        pipeline.readings[12][10**6] = {SERIAL: 1.0}  # of a larger pool
+        pipeline.readings[12][10**6] = {SERIAL: 1.0, "56:76": 1.0}  # of a larger pool
+        pipeline.readings[8][32] = {SERIAL: 1.0}  # no split could be had
         assert cells(pipeline) == all_cells
-        rows = checked(pipeline, 12, 16, reading_ms=200.0)
+        rows = checked(pipeline, 12, 16, LONG)
         assert pipeline.choices == choices
     assert {row.mode: (row.auto_ms, row.ms) for row in rows} == {
         SERIAL: (10.0, 10.0),
@@ -49,7 +51,7 @@ def test_a_choice_that_longer_readings_do_not_bear_out(decoder, tmp_path, monkey
         "72:60": (10.0, 10.0),
     }
     assert [row.mode for row in rows if row.is_chosen] == ["56:76"]
-    assert {asked[:2] for asked in steady.asked} == {(12, 16)}
+    assert {asked[:2] for asked in steady.asked} == {(12, 16)} and set(steady.how) == {LONG}
     (line,) = lines(rows)
     assert (line["best_split"], line["chosen"], line["serial_ms"]) == ("40:92", "56:76", 10.0)
     assert line["speedup"] == pytest.approx(1.25) and line["auto_read"] == pytest.approx(1.1)
@@ -63,8 +65,8 @@ def test_a_split_that_is_gone_is_left_out(decoder, tmp_path, monkeypatch):
         pipeline = auto_of(decoder, Machine(fails=frozenset({"40:92"})), tmp_path)
         pipeline.warm_up()
         steady = Machine()
-        monkeypatch.setattr(auto_check, "replay_ms", lambda *of, **_: steady.step_ms(*of))
-        rows = checked(pipeline, 12, 16, reading_ms=200.0)
+        pipeline._time_step = steady.step_ms
+        rows = checked(pipeline, 12, 16, LONG)
     names = {":".join(map(str, split)) for split in SPLITS}
     assert {row.mode for row in rows} == {SERIAL, *names - {"40:92"}}
     assert lines([rows[0]]) == []  # no split to compare with
@@ -83,26 +85,24 @@ class FakeLLM:
         pass
 
 
-def test_the_largest_batches_come_first_until_time_is_up(decoder, tmp_path, monkeypatch, capsys):
+def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
     with torch.inference_mode():
         pipeline = auto_of(decoder, Machine({"56:76": 1.2}), tmp_path)
         pipeline.warm_up()
-    steady, asked_ms = Machine({"56:76": 1.1}), []
-
-    def replay_ms(*step, settle_ms, reading_ms) -> float:
-        asked_ms.append((settle_ms, reading_ms))
-        return steady.step_ms(*step)
-
+    pipeline.readings[8][16]["56:76"] = 10 / 0.97  # where a split loses by 3 %, no less
+    pipeline.readings[4][64]["56:76"] = 10 / 1.05
+    steady = pipeline._time_step.__self__
+    steady.how.clear()
     now = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
     monkeypatch.setattr(auto_check, "time", clock)
-    monkeypatch.setattr(auto_check, "replay_ms", replay_ms)
     monkeypatch.setattr(auto_check, "LLM", FakeLLM)
     rows = auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=2.5)
     cells_read = list(dict.fromkeys((row.batch, row.context) for row in rows))
-    assert cells_read == [(12, 64), (12, 16)] and set(asked_ms) == {(7.0, 7.0)}
-    assert "check: out of time at 8 x 64" in capsys.readouterr().err
+    assert cells_read == [(8, 16), (4, 64)]
+    assert set(steady.how) == {Reading(LONG.settle_ms, 7.0)}
+    assert "check: out of time at 4 x 16" in capsys.readouterr().err
     pipeline.readings.clear()
     assert auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=9.0) == []
     assert "check: nothing to check: nothing was timed" in capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
     main(["--layers", "2", "--starts", "2", "--device", "cpu", "--out", str(out), *sizes])
     assert started == ["start 1", "check"]
     read = read_rows(out, [*COLUMNS, *environment("cpu")])
-    assert [read[0][name] for name in SHAPE] == ["Qwen3-8B", "2", "200.0", "64", "80"]
+    assert [read[0][name] for name in SHAPE] == ["Qwen3-8B", "2", "1000.0", "64", "80"]
     assert [(row["mode"], row["ms"], row["is_chosen"]) for row in read] == [
         (SERIAL, "2.1", "True"),
         ("48:84", "2.0", "False"),

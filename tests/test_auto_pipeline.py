@@ -24,9 +24,11 @@ from engine.decode import DecodeWorker
 from engine.pipeline_choice import MARGIN
 from engine.stage_streams import InOrder
 from engine.step_model import Rates, StepModel
+from engine.trial_steps import LONG, SHORT, Reading, replay_ms
 from green.driver import GreenContextError
 from tests.checkpoints import save_random
 from tests.decode_steps import Steps, decoder_of, random_cache, row_by_row, worker_options
+from tests.event_clock import clocked
 from tests.strategies import DEVICE
 
 MAX_NUM_SEQS = 12
@@ -76,6 +78,7 @@ class Machine:
     seconds_a_reading: float = 0.0
     now: float = 0.0
     asked: list = field(default_factory=list)  # batch, context, mode of every reading
+    how: list = field(default_factory=list)  # and how long they were
     made: dict[str, "Split"] = field(default_factory=dict)  # the newest of each
     num_made: Counter = field(default_factory=Counter)
     watch: Callable[[str], None] = lambda mode: None  # looks on before a step is read
@@ -88,10 +91,11 @@ class Machine:
         self.made[name] = Split(name, self.broken)
         return self.made[name]
 
-    def step_ms(self, batch, context, mode, run) -> float:
+    def step_ms(self, batch, context, mode, run, reading) -> float:
         self.watch(mode)
         run()
         self.asked.append((batch, context, mode))
+        self.how.append(reading)
         self.now += self.seconds_a_reading
         return self.ms / self.speedups.get(mode, 1.0)
 
@@ -229,11 +233,11 @@ def test_a_second_start_times_nothing(decoder, tmp_path, monkeypatch):
     assert "cuGreenCtxCreate failed" in why_none
 
 
-@pytest.mark.parametrize("num_readings", [0, 11, 12, 13, 12 * 3 - 1])
+@pytest.mark.parametrize("num_readings", [0, 9, 10, 11, 10 * 3 - 1])
 def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
     decoder, tmp_path, monkeypatch, num_readings
 ):
-    """Twelve readings, of four modes in three rounds, are one batch at one context."""
+    """Ten readings, of four modes in two rounds and two of them long, are a batch at a context."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
     seconds = CALIBRATION_SECONDS / num_readings if num_readings else 0.0
     slow = Machine({"40:92": 1.2}, seconds_a_reading=seconds * (1 + 1e-9))
@@ -243,7 +247,7 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
     pipeline.warm_up()
     assert len(slow.asked) == num_readings
     in_order = [(batch, context) for batch in (12, 8, 4) for context in (16, LONGEST)]
-    known = in_order[: num_readings // 12]
+    known = in_order[: num_readings // 10]
     choices = pipeline.statistics.choices
     assert choices[4] == NOT_TIMED
     if (12, LONGEST) in known:
@@ -265,49 +269,69 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
     assert not last.asked
 
 
-def test_a_split_that_is_far_slower_is_read_once(decoder, tmp_path, monkeypatch):
+def test_what_is_near_the_fastest_is_read_long(decoder, tmp_path, monkeypatch):
+    """The serial step beside it; nothing long where no split is near."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
-    machine = Machine({"40:92": 0.98, "56:76": 0.96, "72:60": 1.2})
-    auto_of(decoder, machine, tmp_path).warm_up()
-    readings = Counter(
-        mode for batch, context, mode in machine.asked if (batch, context) == (12, 16)
-    )
-    assert readings == {"serial": 3, "40:92": 3, "56:76": 1, "72:60": 3}
-    slow = Machine(dict.fromkeys(readings, 0.5) | {"serial": 1.0})
-    auto_of(decoder, slow, tmp_path / "other").warm_up()
-    readings = Counter(mode for batch, context, mode in slow.asked if (batch, context) == (12, 16))
-    assert readings == dict.fromkeys(("serial", "40:92", "56:76", "72:60"), 1), "nothing is near"
+
+    def num_read(speedups, folder) -> dict[str, list[int]]:
+        machine = Machine(speedups)
+        auto_of(decoder, machine, folder).warm_up()
+        readings = Counter(
+            (mode, how)
+            for (batch, context, mode), how in zip(machine.asked, machine.how, strict=True)
+            if (batch, context) == (12, 16)
+        )
+        return {mode: [readings[mode, SHORT], readings[mode, LONG]] for mode, _ in readings}
+
+    near_serial = num_read({"40:92": 0.985, "56:76": 0.975, "72:60": 1.0}, tmp_path / "1")
+    assert near_serial == {"serial": [2, 1], "40:92": [2, 1], "56:76": [2, 0], "72:60": [2, 1]}
+    near_best = num_read({"40:92": 1.05, "56:76": 1.1, "72:60": 1.09}, tmp_path / "2")
+    assert near_best == {"serial": [2, 1], "40:92": [2, 0], "56:76": [2, 1], "72:60": [2, 1]}
+    slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.9), tmp_path / "3")
+    assert slow == {mode: [2, 0] for mode in near_best}
 
 
-def test_the_first_round_says_what_is_far_and_the_median_what_counts(
+def test_the_least_short_reading_says_what_is_near_and_the_long_one_what_counts(
     decoder, tmp_path, monkeypatch
 ):
-    """Of each mode in turn, as it drifts."""
+    """Others are as far from the serial step as by short readings."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
-    ms = {
-        "serial": [10.0, 20.0, 12.0],
-        "40:92": [10.2, 9.0, 9.5],
-        "56:76": [10.4, 1.0, 1.0],  # far from serial as that was then
-        "72:60": [10.0, 30.0, 11.0],
+    ms = {  # short, short, long
+        "serial": [11.0, 10.0, 12.0],
+        "40:92": [10.5, 9.9, 12.1],  # a gain that does not last
+        "56:76": [10.4, 12.0],
+        "72:60": [20.0, 9.8, 11.8],
     }
     machine, left = Machine(), {}
 
-    def step_ms(batch, context, mode, run) -> float:
-        machine.step_ms(batch, context, mode, run)
+    def step_ms(batch, context, mode, run, reading) -> float:
+        machine.step_ms(batch, context, mode, run, reading)
         return left.setdefault((batch, context, mode), iter(ms[mode])).__next__()
 
     pipeline = auto_of(decoder, machine, tmp_path)
     pipeline._time_step = step_ms
     pipeline.warm_up()
-    read = {"serial": 12.0, "40:92": 9.5, "56:76": 10.4, "72:60": 11.0}
+    read = {"serial": 12.0, "40:92": 12.1, "56:76": pytest.approx(12.48), "72:60": 11.8}
     assert pipeline.readings[12][16] == read
+
+
+def test_a_step_is_read_once_clocks_have_settled(monkeypatch):
+    """Launches that take a third of their time once there were 20 of them, 90 ms."""
+    run = clocked(monkeypatch, lambda i: 4.5 if i < 20 else 1.5)
+    assert replay_ms(1, 1, "serial", run, Reading(90.0, 5.0)) == 1.5
+    run = clocked(monkeypatch, lambda i: 4.5 if i < 20 else 1.5)
+    assert replay_ms(1, 1, "serial", run, Reading(40.0, 5.0)) == 4.5
+    launches = []
+    run = clocked(monkeypatch, lambda i: launches.append(i) or 2.0)
+    assert replay_ms(1, 1, "serial", run, Reading(10.0, 5.0)) == 2.0
+    assert len(launches) == 1 + 5 + 3
 
 
 def test_a_win_with_nothing_read_beside_it_is_none_yet(decoder, tmp_path, monkeypatch):
     """What lies next to it is unread, and not what cannot win."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (8, 16, 32))
 
-    slow = Machine({"40:92": 1.2}, seconds_a_reading=CALIBRATION_SECONDS / 12 * (1 + 1e-9))
+    slow = Machine({"40:92": 1.2}, seconds_a_reading=CALIBRATION_SECONDS / 10 * (1 + 1e-9))
     pipeline = auto_of(decoder, slow, tmp_path, model=AT_16)
     pipeline.warm_up()
     assert slow.read() == {(12, 16)}
@@ -317,7 +341,7 @@ def test_a_win_with_nothing_read_beside_it_is_none_yet(decoder, tmp_path, monkey
     assert pipeline.statistics.why_none == f"{lost}; auto: {TIME_WAS_UP}"
 
 
-def test_reading_again_is_over_values_and_leaves_the_clock(decoder, tmp_path):
+def test_reading_again_is_over_values_and_leaves_the_choices(decoder, tmp_path):
     machine = Machine({"40:92": 1.2})
     auto_of(decoder, machine, tmp_path).warm_up()
     pipeline = auto_of(decoder, Machine({"40:92": 1.2}), tmp_path)
@@ -325,11 +349,12 @@ def test_reading_again_is_over_values_and_leaves_the_clock(decoder, tmp_path):
     pipeline.kv_cache.blocks.fill_(torch.nan)
     other = Machine({"40:92": 0.5})
     other.watch = lambda mode: assert_finite(pipeline)
-    kept, choices = pipeline._time_step, dict(pipeline.choices)
+    choices = dict(pipeline.choices)
     context = min(pipeline.readings[12])
-    found = pipeline.read_again(12, context, other.step_ms)
+    pipeline._time_step = other.step_ms
+    found = pipeline.read_again(12, context, LONG)
     assert found == {"serial": 10.0, "40:92": 20.0, "56:76": 10.0, "72:60": 10.0}
-    assert pipeline._time_step == kept and pipeline.choices == choices
+    assert pipeline.choices == choices and other.how == [LONG] * 4
     assert not pipeline.block_table.any()
 
 

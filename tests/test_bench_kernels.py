@@ -3,6 +3,7 @@
 import csv
 import inspect
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from experiments.memory_cases import (
 )
 from experiments.places import Place
 from experiments.readings import COLUMNS, Ceilings, Reading, best_peers
-from experiments.timing import Effort, Times, copies_for, time_calls
+from experiments.timing import Effort, Times, _time_launches, copies_for, time_calls
 from kernels import reference
+from tests.event_clock import clocked
 from tests.strategies import DEVICE, bits, randn
 
 WHERE = torch.device(DEVICE)
@@ -293,6 +295,17 @@ def test_every_copy_has_its_turn():
     seen: list[int] = []
     times = time_calls(seen.append, 3, torch.device("cpu"), Effort())
     assert seen == [0, 1, 2] and 0 <= times.p20 <= times.p50 <= times.p80
+
+
+def test_launches_are_timed_once_clocks_have_settled(monkeypatch):
+    """Two calls a round; the first rounds take three times as long, 20 ms in all."""
+    run = clocked(monkeypatch, lambda i: 3.0 if i < 6 else 1.0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=int))
+    settled = _time_launches(run, 2, Effort(min_replays=3, settle_ms=20.0))
+    assert (settled.p20, settled.p80) == (1.0, 1.0)
+    run = clocked(monkeypatch, lambda i: 3.0 if i < 6 else 1.0)
+    at_once = _time_launches(run, 2, Effort(min_replays=3))
+    assert (at_once.p50, at_once.p80) == (3.0, 3.0)
 
 
 @pytest.mark.gpu

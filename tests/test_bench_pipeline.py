@@ -30,7 +30,7 @@ TINY = {
 @pytest.fixture
 def rows(tmp_path, monkeypatch, capsys) -> list[dict[str, str]]:
     monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
-    monkeypatch.setattr(pipeline_cell, "REPLAYS", 1)
+    monkeypatch.setattr(pipeline_cell, "STEPS_ON_HOST", 1)
     out = tmp_path / "pipeline.csv"
     options = ["--device", "cpu", "--layers", "2", "--timed", "--out", str(out)]
     main(["--model", "tiny", *options, "--cells", "6x20", "10x5"])
@@ -65,7 +65,7 @@ def test_counts_are_of_all_layers(rows):
 
 def test_a_map_goes_on_where_it_was_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
-    monkeypatch.setattr(pipeline_cell, "REPLAYS", 1)
+    monkeypatch.setattr(pipeline_cell, "STEPS_ON_HOST", 1)
     monkeypatch.setattr(pipeline_map, "MAP_BATCHES", (4, 2))
     monkeypatch.setattr(pipeline_map, "MAP_CONTEXTS", (5,))
     monkeypatch.setenv("GREENLANE_COMMIT", "abc1234")

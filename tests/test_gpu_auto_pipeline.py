@@ -14,7 +14,7 @@ from engine.auto_pipeline import AutoPipeline
 from engine.calibration_file import CalibrationFile
 from engine.device_rates import rates_of
 from engine.stage_streams import GpuStreams
-from engine.trial_steps import replay_ms
+from engine.trial_steps import SHORT
 from experiments.shapes import write_config
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -43,20 +43,6 @@ def _on_a_stream_of_its_own() -> Iterator[None]:
         yield
 
 
-def test_a_step_is_read_once_clocks_have_settled():
-    """Launches that take a third of their time once there were 20 of them."""
-    cycles, num_runs = 300_000, []
-
-    def run() -> None:
-        num_runs.append(None)
-        torch.cuda._sleep(cycles if len(num_runs) > 20 else 3 * cycles)
-
-    settled_ms = replay_ms(1, 1, "serial", run, settle_ms=60.0, reading_ms=5.0)
-    assert len(num_runs) > 20
-    again_ms = replay_ms(1, 1, "serial", run, settle_ms=5.0, reading_ms=20.0)
-    assert settled_ms == pytest.approx(again_ms, rel=0.1)
-
-
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> Decoder:
     """Qwen3-0.6B with three layers."""
@@ -81,6 +67,7 @@ def pipeline_of(decoder: Decoder, file: CalibrationFile, make_streams: Any) -> A
 
 def test_a_calibration_times_what_it_is_given(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.auto_pipeline.CALIBRATION_SECONDS", 60.0)  # kernels are compiled
+    monkeypatch.setattr("engine.trial_steps.LONG", SHORT)
     file = CalibrationFile(tmp_path, {"gpu": "this one"})
     pipeline = pipeline_of(decoder, file, partial(GpuStreams.partitioned, device=DEVICE))
     start = time.perf_counter()
@@ -105,6 +92,7 @@ def test_a_calibration_times_what_it_is_given(decoder, tmp_path, monkeypatch):
 def test_a_capture_that_fails_costs_its_split_alone(decoder, tmp_path, monkeypatch, num_good):
     """With work on other streams that nothing joins, too: torch then ends no capture by itself."""
     monkeypatch.setattr("engine.auto_pipeline.CALIBRATION_SECONDS", 60.0)
+    monkeypatch.setattr("engine.trial_steps.LONG", SHORT)
 
     def make_streams(split) -> GpuStreams:
         streams = GpuStreams.partitioned(split, DEVICE)

@@ -1,0 +1,31 @@
+"""Events of a clock that stands still but for the launches of a test."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, run_ms: Callable[[int], float]) -> Callable[..., None]:
+    """A launch that takes as long as run_ms says of its number, by torch's events."""
+    now, numbers = [0.0], itertools.count()
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            self.ms = -1.0
+
+        def record(self, stream: object = None) -> None:
+            self.ms = now[0]
+
+        def synchronize(self) -> None:
+            assert self.ms == now[0], "it waits for the last"
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.ms - self.ms
+
+    def run(*_: object) -> None:
+        now[0] += run_ms(next(numbers))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return run
