@@ -33,8 +33,8 @@ class Reading:
 # than these steps take from then on.
 SHORT, LONG = Reading(60.0, 60.0), Reading(1000.0, 500.0)
 ROUNDS = 2  # short readings of each mode, in turn with the others'
-# Modes that by short readings take at most so much longer than the fastest are read long: short
-# ones have flattered splits, which take more power, by up to 3 %.
+# Short readings flatter splits, which take more power, by up to 3 %. So what loses by them does not
+# win, and of what wins that is read long which is at most so much behind the fastest.
 NEAR = 0.02
 
 # batch, tokens that each request holds, mode, what launches the step, how -> ms of it
@@ -86,19 +86,19 @@ class TrialSteps(DecodePipeline):
         self, batch: int, context: int, modes: Iterable[str], deadline: float
     ) -> dict[str, float]:
         """Milliseconds of the serial step and of each of these splits; those that fail are left
-        out. Of splits that are not NEAR, as short readings have them in proportion to the serial
-        step. TimeIsUp where the clock passes the deadline."""
+        out. What is read short alone takes as much longer than that as any that is read long.
+        TimeIsUp where the clock passes the deadline."""
         in_turn, found = [SERIAL, *modes], dict[str, float]()
         with self._requests_of(batch, context):
             self._capture(batch, context, in_turn, deadline)
             for _ in range(ROUNDS):
                 ms = self._read(batch, context, in_turn, SHORT, deadline)
                 found = {mode: min(t, found.get(mode, t)) for mode, t in ms.items()}
-            limit = (1 + NEAR) * min(found.values())
+            limit = min(found[SERIAL], (1 + NEAR) * min(found.values()))
             near = [mode for mode, t in found.items() if mode != SERIAL and t <= limit]
             if near:
                 ms = self._read(batch, context, [SERIAL, *near], LONG, deadline)
-                scale = ms[SERIAL] / found[SERIAL]
+                scale = max(t / found[mode] for mode, t in ms.items())
                 found = {mode: t * scale for mode, t in found.items()} | ms
         return {mode: t for mode, t in found.items() if mode not in self._why_not}
 
