@@ -10,7 +10,7 @@ from experiments.auto_rule import is_usual, verdicts
 from experiments.back_pressure import BLOCK_SIZE, BOUNDED, UNBOUNDED, Pressure
 from experiments.claims import Finding
 from experiments.harness import read_as
-from experiments.pipeline_figures import regime_maps
+from experiments.pipeline_figures import deepest, regime_maps
 
 EXPOSED = 0.02  # of a prompt's prefill: what a hand-over may keep decode waiting
 STATIC = "48:84"  # the split that the engine takes where it is told to take one
@@ -62,8 +62,8 @@ def handoff_findings(rows: Rows, model: str) -> list[Finding]:
 
 def split_findings(rows: Rows, model: str) -> list[Finding]:
     """What one split costs in the cells of the map of the GPU that was measured last, beside what
-    the rule of decode_pipeline="auto" would; rows: of pipeline.csv. Of maps of several depths the
-    deepest one that has half as many cells as any."""
+    the rule of decode_pipeline="auto" would; rows: of pipeline.csv, of maps of several depths the
+    `deepest` that has the split."""
     mine = [row for row in rows if row["model"] == model and is_usual(row)]
     stamp = max(mine, key=lambda row: row["date"], default=None)
     if stamp is None:
@@ -71,9 +71,11 @@ def split_findings(rows: Rows, model: str) -> list[Finding]:
     mine = [row for row in mine if row["gpu"] == stamp["gpu"]]
     cells_of: dict[int, set[tuple[str, str]]] = {}
     for row in mine:
-        cells_of.setdefault(int(row["num_layers"]), set()).add((row["batch"], row["context"]))
-    most_cells = max(map(len, cells_of.values()))
-    num_layers = max(n for n, cells in cells_of.items() if 2 * len(cells) >= most_cells)
+        if row["mode"] == STATIC:
+            cells_of.setdefault(int(row["num_layers"]), set()).add((row["batch"], row["context"]))
+    if not cells_of:
+        return []
+    num_layers = deepest({n: len(cells) for n, cells in cells_of.items()})
     mine = [row for row in mine if int(row["num_layers"]) == num_layers]
     stamp = max(mine, key=lambda row: row["date"])
     place = (stamp["gpu"], model, num_layers)

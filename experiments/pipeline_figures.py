@@ -19,6 +19,7 @@ from engine.stage_schedule import STAGES, Placement
 from engine.stage_streams import InOrder
 from experiments.bench_pipeline import Row as StepRow
 from experiments.harness import read_rows
+from experiments.pipeline_map import whole_map
 from experiments.shapes import SHAPES, STAND_INS
 from experiments.stage_curves import Row as StageRow
 
@@ -124,16 +125,37 @@ def _bias(model: str, num_layers: int) -> str:
     return f" from {num_layers} layers (up to {too_low:.0%} too low)"
 
 
+def deepest(num_cells: Mapping[int, int]) -> int:
+    """Of maps of one model, by the layers that were run: the most that half as many cells are of as
+    of any."""
+    most = max(num_cells.values())
+    return max(layers for layers, num in num_cells.items() if 2 * num >= most)
+
+
+def drawn_maps(rows: Iterable[CsvRow]) -> dict[Place, dict[tuple[int, int], Cell]]:
+    """Of each GPU and model that stands for none, the deepest map, without cells between."""
+    found: dict[tuple[str, str], dict[int, dict[tuple[int, int], Cell]]] = {}
+    for (gpu, model, num_layers), cells in regime_maps(rows).items():
+        on_map = {cell: best for cell, best in cells.items() if cell in whole_map()}
+        if on_map and model not in STAND_INS:
+            found.setdefault((gpu, model), {})[num_layers] = on_map
+    return {
+        (*place, layers): of[layers]
+        for place, of in found.items()
+        for layers in [deepest({n: len(cells) for n, cells in of.items()})]
+    }
+
+
 def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
     """Green wins, red loses; the number is what the best mode reached, whichever it is. A row for
-    each GPU, a column for each model and depth, the same batches and contexts in all."""
-    maps = regime_maps(row for row in rows if row["model"] not in STAND_INS)
+    each GPU, a column for each model, the same batches and contexts in all."""
+    maps = drawn_maps(rows)
     if not maps:
         return None
     batches, contexts = (
         sorted({cell[i] for cells in maps.values() for cell in cells}) for i in (0, 1)
     )
-    fig, places = _grid(maps, (6.2, 5.4))
+    fig, places = _grid([place[:2] for place in maps], (6.2, 5.4))
     for ((gpu, model, num_layers), cells), ax in zip(maps.items(), places, strict=True):
         _draw_map(ax, cells, batches, contexts)
         won = sum(cell.speedup > 1 + EVEN for cell in cells.values())

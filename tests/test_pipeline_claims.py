@@ -139,10 +139,16 @@ def test_one_split_for_all_is_held_against_the_rule():
     few = [row | {"num_layers": "6", "ends_ms": "0.5"} for row in map_rows[:5]]
     assert lifted_limits.split_findings([*few, *map_rows], "Qwen3-0.6B") == [found]
     deep = [
-        step("serial", 10.0, context=str(n), num_layers="6", ends_ms="0.5") for n in range(1, 5)
+        step(mode, 10.0, context=str(n), num_layers="6", ends_ms="0.5")
+        for n in range(1, 5)
+        for mode in ("serial", "48:84")
     ]
     (of_more_cells,) = lifted_limits.split_findings([*few, *deep, *map_rows], "Qwen3-0.6B")
     assert of_more_cells.command.endswith("--layers 6")
+    without = [row | {"mode": "64:68"} if row["mode"] == "48:84" else row for row in map_rows]
+    (of_the_split,) = lifted_limits.split_findings([*few, *without], "Qwen3-0.6B")
+    assert of_the_split.command.endswith("--layers 6")
+    assert lifted_limits.split_findings(without, "Qwen3-0.6B") == []
     assert lifted_limits.split_findings([step("serial", 10.0)], "Qwen3-0.6B") == []
 
 

@@ -36,6 +36,7 @@ STEPS = [
     step(64, 512, "48:84", 3.0),
     step(64, 128, "serial", 2.0),
 ]
+TWO_MODES = (("serial", 12.0), ("48:84", 11.0))
 STAGES = [
     stage("attention", 64, 0.2),
     stage("attention", 32, 0.3),
@@ -64,9 +65,22 @@ def test_depths_stand_apart_and_few_layers_are_said_to_flatter_serial():
     assert maps[GPU, "Qwen3-8B", 6] == regime_maps(STEPS)[GPU, "Qwen3-8B", 6]
     between = [rows[4], rows[-2], rows[5], rows[-1]]  # serial of 6, of 36, and splits of both
     assert regime_maps(between)[GPU, "Qwen3-8B", 6][64, 512].speedup == pytest.approx(7 / 13)
-    titles = [title.splitlines()[0] for _, _, title in shown(plot.draw_maps(rows))]
+
+
+def test_the_deepest_map_is_drawn_that_has_half_the_cells():
+    """What it has not is missing, and cells between those of the map are on none."""
     few = f"Qwen3-8B from 6 layers (up to 6% too low) on {GPU}"
-    assert sorted(titles) == sorted([few, f"Qwen3-8B on {GPU}"])
+    cells = [(64, 512), (1024, 512), (64, 128), (16, 128), (928, 832), (896, 512)]
+    of_six = [step(*cell, mode, ms) for cell in cells[:4] for mode, ms in TWO_MODES]
+    of_all = [step(*cell, mode, ms, num_layers=36) for cell in cells for mode, ms in TWO_MODES]
+    for num_cells, title in ((1, few), (2, f"Qwen3-8B on {GPU}")):
+        between = of_all[-4:]
+        [place] = shown(plot.draw_maps([*of_six, *of_all[: 2 * num_cells], *between]))
+        assert place[2].splitlines()[0] == title
+    figure = plot.draw_maps(of_all)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["16", "64", "1024"]
+    assert "faster in 4 of 4 cells" in figure.axes[0].get_title(loc="left")
+    assert plot.draw_maps(of_all[-4:]) is None
 
 
 def test_the_newest_row_counts_and_gpus_stand_apart():
