@@ -13,7 +13,7 @@ FLOPS_A_CLOCK = {8: 2048, 9: 4096}
 # products 0.68; see StepModel for the sides on which these err
 READ_SHARE, FLOPS_SHARE = 0.9, 0.62
 # Alone an SM reads 52 bytes a clock; of 24 to 52, gains by arithmetic go with those that an H200
-# measured in 264 steps on splits (auto_check.csv, b6ac0d6) best at 28 to 32: correlation 0.63, at
+# measured in 264 steps on splits (short readings, b6ac0d6) best at 28 to 32: correlation 0.63, at
 # 52 0.17.
 SM_BYTES_A_CLOCK = 32
 

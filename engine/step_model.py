@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 Split = tuple[int, int]  # SMs for attention, SMs for FFN
 
-# Gain by arithmetic of which less is not worth a reading. Two stages at a time slow each other and
-# take more power: on an H200 no split that was promised less than 0.14 won by 1 % in both of two
-# runs (auto_check.csv).
+# Gain by arithmetic of which less is not worth a reading: two stages at a time slow each other. On
+# an H200 no split that was promised less than 0.14 won by 1 % in both of two runs (short readings,
+# 1286296 and b6ac0d6), and one that was promised nothing, 4B's 1024 x 128 on 52:80, by some 2 % in
+# a third (pipeline.csv, f9a597c).
 WORTH_TIMING = 0.10
 MAX_CANDIDATES = 3  # splits timed for one batch
 MIN_DISTANCE = 16  # SMs of attention between them

@@ -28,16 +28,15 @@ class Reading:
     ms: float
 
 
-# At its power limit an H200 lets the steps behind a pause or behind those of another mode take more
-# than the limit for most of a second, and less for a while after that: up to 10 % more or less time
-# than these steps take from then on.
+# At its power limit an H200 lets the steps behind a pause take more than that for most of a second,
+# and then less for a while, in which they take up to 17 % longer than from then on.
 SHORT, LONG = Reading(60.0, 60.0), Reading(1000.0, 500.0)
 ROUNDS = 2  # short readings of each mode, in turn with the others'
-# Short readings flatter splits, which take more power, by up to 3 %. So what loses by them does not
-# win, and of what wins that is read long which is at most so much behind the fastest.
+# Short readings mostly flatter splits, by up to 3 %, and slight them by 2 at times: what loses by
+# them is taken to lose, and of what wins that is read long which is so near the fastest.
 NEAR = 0.02
-# Long readings of two processes have told a split's gain up to 2 % apart: where the fastest split
-# and the serial step are this close, both are read a second time.
+# Gains of two processes lie up to 2 % apart by long readings: if the fastest split and the serial
+# step are so close, both are read a second time.
 CLOSE = 0.02
 
 # batch, tokens that each request holds, mode, what launches the step, how -> ms of it

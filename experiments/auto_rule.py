@@ -4,8 +4,9 @@
 
 Every cell is taken as if the engine had been calibrated there: what it read of the serial graph and
 of the best split of its newest run is what the rule is given. `lost` is by how much the chosen one
-takes longer than the better of the two. Batches that arithmetic rules out are serial, on GPUs whose
-rates are known here. Splits are those of the usual cut, in two micro-batches.
+takes longer than the better of the two. Batches that arithmetic rules out at the contexts that
+`auto` reads are serial, on GPUs whose rates are known here. Splits are those of the usual cut, in
+two micro-batches.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.device_rates import step_model
-from engine.pipeline_choice import MARGIN, choose, mode_at
+from engine.pipeline_choice import MARGIN, choose, contexts_up_to, mode_at
 from engine.pipeline_stats import SERIAL
 from engine.stage_schedule import Placement
 from engine.step_model import Rates
@@ -84,7 +85,7 @@ def _could_win(rates: Rates, model: str, batch: int, context: int) -> bool:
     config = ModelConfig.from_dict(SHAPES[model])
     arithmetic = step_model(config, 2, rates, NUM_MICRO_BATCHES, Placement())
     splits = [s for s in legal_splits(rates.num_sms, CAPABILITY) if sum(s) == rates.num_sms]
-    contexts = sorted({*MAP_CONTEXTS, context})
+    contexts = sorted({*contexts_up_to(max(MAP_CONTEXTS)), context})
     return bool(arithmetic.worth_timing(batch, contexts, splits)[context])
 
 

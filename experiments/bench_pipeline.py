@@ -8,16 +8,16 @@
 A cell is batch x context, all requests of one length; weights and KV blocks are random. --map takes
 all of the regime map, those first that have the most to win by arithmetic; a cell for which time or
 memory does not suffice is left out, and said to be. Those in the CSV already, of this GPU and
-commit, are not measured again: a map can be made in several runs. Each mode is one CUDA graph,
-timed over replays: `serial`, the whole batch in one piece; `in order`, the cut of the pipeline on
-one stream; `plain`, two streams that share all SMs, their kernels' grids whole or, as `plain 40:92`
-(not with --map), as large as the split; and each split. Tokens and logits of a mode are compared
-with those of `in order`, to the bit. --layers of fewer than the model has makes room for more KV
-blocks. Such times stand for a model's once what a step does around its layers (ends_ms: embedding,
-LM head, sampling) is taken off, but for what the pipeline takes to fill and drain: of two
-micro-batches a thirteenth of 6 layers, a 73rd of 36. --energy replays each mode
-for some seconds, and notes the joules of a step: at its power limit a GPU lowers its clocks,
-and two stages at a time take more power than one. A row for each mode of each cell goes to
+commit, are not measured again: a map can be made in several runs. Each mode is one CUDA graph, all
+captured before the first is timed, over replays behind half a second of the same, the first behind
+two: `serial`, the whole batch in one piece; `in order`, the cut of the pipeline on one stream;
+`plain`, two streams that share all SMs, their kernels' grids whole or, as `plain 40:92` (not with
+--map), as large as the split; and each split. Tokens and logits of a mode are compared with those
+of `in order`, to the bit. --layers of fewer than the model has makes room for more KV blocks. Such
+times stand for a model's once what a step does around its layers (ends_ms: embedding, LM head,
+sampling) is taken off, but for what the pipeline takes to fill and drain: of two micro-batches a
+thirteenth of 6 layers, a 73rd of 36. --energy replays each mode for some seconds, and notes the
+joules of a step: at the power limit its time goes by them. A row for each mode of each cell goes to
 experiments/results/pipeline.csv.
 """
 
@@ -44,7 +44,7 @@ from engine.stage_streams import GpuStreams, InOrder, StageStreams
 from engine.step_model import StepModel
 from experiments import energy
 from experiments.harness import RESULTS, append_row, environment, read_rows, table
-from experiments.pipeline_cell import BLOCK_SIZE, Cell
+from experiments.pipeline_cell import BEHIND_A_PAUSE, BLOCK_SIZE, Cell
 from experiments.pipeline_map import CellSize, fitting, most_telling_first, texts, whole_map
 from experiments.shapes import SHAPES, write_config
 from green.driver import GreenContextError
@@ -106,6 +106,7 @@ def measure(
         ids = cell.step(mode)
         same_tokens = sum(a == b for a, b in zip(ids, wanted_ids, strict=True))
         same[mode] = same_tokens, _same_bits(cell.buffers.logits, wanted)
+    cell.time(None, BEHIND_A_PAUSE)  # of no account
     for mode, (same_tokens, same_logits) in same.items():
         times = cell.time(mode)
         is_timed = args.timed and mode is not None and cell.pipeline.device.type == "cuda"

@@ -17,8 +17,9 @@ from experiments.timing import Effort, Times, time_calls
 from models.decoder import Decoder
 
 BLOCK_SIZE = 16
-# A GPU at its power limit lets steps take more than that for most of a second behind a pause or
-# behind other steps: those come first, and half a second of the same steps before each reading.
+# At its power limit a GPU takes two seconds behind a pause until its clocks are steady, and half a
+# second behind steps of another mode.
+BEHIND_A_PAUSE = Effort(min_replays=2, settle_ms=2000.0)
 STEADY = Effort(min_replays=5, settle_ms=500.0)
 AT_ONCE = Effort(min_replays=5)
 READING_MS = 80.0

@@ -117,6 +117,16 @@ def test_another_cut_is_another_mode_of_the_same_cell():
     assert best == Cell(pytest.approx(7 / 5.8), "48:84, in 3")
 
 
+def test_a_serial_step_that_swings_counts_by_its_fast_readings():
+    """By no more than they scatter when clocks are steady, by the median."""
+    rows = [step(64, 512, "serial", 13.0, ms_p20=12.0, ms_p80=14.0), step(64, 512, "48:84", 11.0)]
+    swings = regime_maps(rows)[GPU, "Qwen3-8B", 6][64, 512]
+    assert swings.speedup == pytest.approx((1 + 6 * 11) / (1 + 6 * 10))
+    rows[0] |= {"ms_p20": "12.8", "ms_p80": "13.1"}
+    steady = regime_maps(rows)[GPU, "Qwen3-8B", 6][64, 512]
+    assert steady.speedup == pytest.approx((1 + 6 * 12) / (1 + 6 * 10))
+
+
 def test_lines_of_the_stages():
     [lines] = stage_lines(STAGES).values()
     assert lines["attention", False] == [(32, 0.3), (64, 0.2)]
