@@ -32,9 +32,9 @@ class Reading:
 # and then less for a while, in which they take up to 17 % longer than from then on.
 SHORT, LONG = Reading(60.0, 60.0), Reading(1000.0, 500.0)
 ROUNDS = 2  # short readings of each mode, in turn with the others'
-# Short readings mostly flatter splits, by up to 3 %, and slight them by 2 at times: what loses by
-# them is taken to lose, and of what wins that is read long which is so near the fastest.
-NEAR = 0.02
+# Splits that by short readings are so near the fastest and lose by no more than that are read long:
+# short ones mostly flatter splits, by up to 3 %, and slight them at times, by up to 2.
+NEAR, LOSS = 0.02, 0.01
 # Gains of two processes lie up to 2 % apart by long readings: if the fastest split and the serial
 # step are so close, both are read a second time.
 CLOSE = 0.02
@@ -96,7 +96,7 @@ class TrialSteps(DecodePipeline):
             for _ in range(ROUNDS):
                 ms = self._read(batch, context, in_turn, SHORT, deadline)
                 found = {mode: min(t, found.get(mode, t)) for mode, t in ms.items()}
-            limit = min(found[SERIAL], (1 + NEAR) * min(found.values()))
+            limit = min((1 + LOSS) * found[SERIAL], (1 + NEAR) * min(found.values()))
             near = [mode for mode, t in found.items() if mode != SERIAL and t <= limit]
             if near:
                 ms = self._read_long(batch, context, [SERIAL, *near], deadline)

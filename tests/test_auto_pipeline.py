@@ -269,7 +269,7 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
     assert not last.asked
 
 
-def test_what_wins_is_read_long(decoder, tmp_path, monkeypatch):
+def test_what_may_win_is_read_long(decoder, tmp_path, monkeypatch):
     """If near the fastest, and the serial step beside it; twice where the two are close."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
 
@@ -283,15 +283,15 @@ def test_what_wins_is_read_long(decoder, tmp_path, monkeypatch):
         )
         return {mode: [readings[mode, SHORT], readings[mode, LONG]] for mode, _ in readings}
 
-    one = num_read({"40:92": 0.999, "56:76": 0.9, "72:60": 1.0}, tmp_path / "1")
+    one = num_read({"40:92": 0.989, "56:76": 0.9, "72:60": 0.991}, tmp_path / "1")
     assert one == {"serial": [2, 2], "40:92": [2, 0], "56:76": [2, 0], "72:60": [2, 2]}
     near_best = num_read({"40:92": 1.05, "56:76": 1.1, "72:60": 1.09}, tmp_path / "2")
     assert near_best == {"serial": [2, 1], "40:92": [2, 0], "56:76": [2, 1], "72:60": [2, 1]}
-    slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.999), tmp_path / "3")
+    slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.989), tmp_path / "3")
     assert slow == {mode: [2, 0] for mode in near_best}
 
 
-def test_the_least_short_reading_says_what_wins_and_the_long_one_what_counts(
+def test_the_least_short_reading_says_what_may_win_and_the_long_one_what_counts(
     decoder, tmp_path, monkeypatch
 ):
     """What is read short alone does not win by that."""
