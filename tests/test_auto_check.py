@@ -92,6 +92,8 @@ def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkey
         pipeline.warm_up()
     pipeline.readings[8][16]["56:76"] = 10 / 0.97  # where a split loses by 3 %, no less
     pipeline.readings[4][64]["56:76"] = 10 / 1.05
+    far = pipeline.readings[12][16]
+    far |= dict.fromkeys(far.keys() - {SERIAL}, 10 / 0.7)  # nor one that is far behind
     steady = pipeline._time_step.__self__
     steady.how.clear()
     now = itertools.count()

@@ -315,6 +315,28 @@ def test_the_least_short_reading_says_what_may_win_and_the_long_one_what_counts(
     assert pipeline.readings[12][16] == read
 
 
+@pytest.mark.parametrize(("reading", "num_asked"), [(SHORT, 1), (LONG, 3)])
+def test_a_split_that_fails_while_it_is_read_is_asked_no_more(
+    decoder, tmp_path, monkeypatch, reading, num_asked
+):
+    """Nor does what was read of it before count."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    machine = Machine({"40:92": 1.2})
+
+    def step_ms(batch, context, mode, run, how) -> float:
+        ms = machine.step_ms(batch, context, mode, run, how)
+        if (mode, how) == ("40:92", reading):
+            raise RuntimeError("an illegal memory access was encountered")
+        return ms
+
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline._time_step = step_ms
+    pipeline.warm_up()
+    assert [mode for _, _, mode in machine.asked].count("40:92") == num_asked
+    assert all(ms.keys() == {"serial", "56:76", "72:60"} for ms in pipeline.readings[12].values())
+    assert "illegal memory access" in pipeline.statistics.why_none
+
+
 def test_a_step_is_read_once_clocks_have_settled(monkeypatch):
     """Launches that take a third of their time once there were 20 of them, 90 ms."""
     run = clocked(monkeypatch, lambda i: 4.5 if i < 20 else 1.5)

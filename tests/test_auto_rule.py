@@ -61,6 +61,13 @@ def test_what_arithmetic_rules_out_counts_as_serial():
     assert verdicts(rows)[0].chosen == "48:84"
 
 
+def test_which_splits_could_win_goes_by_the_contexts_that_auto_reads():
+    """The map has none of 256 tokens, without which 40:92 would be read, and this cell with it."""
+    of_4b = {"model": "Qwen3-4B", "num_layers": "36"} | H200
+    rows = [serial(1024, 128, 20.0, **of_4b), split(1024, 128, "52:80", 19.0, **of_4b)]
+    assert verdicts(rows)[0].chosen == "serial"
+
+
 def test_the_command_prints_a_table(tmp_path, capsys):
     for row in CELLS:
         append_row(tmp_path / "pipeline.csv", row)

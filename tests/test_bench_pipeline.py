@@ -10,6 +10,7 @@ from engine.stage_schedule import Placement
 from experiments import pipeline_cell, pipeline_map
 from experiments.bench_pipeline import Row, _parse, main
 from experiments.harness import environment, read_rows
+from experiments.pipeline_cell import BEHIND_A_PAUSE, STEADY, Cell
 from experiments.pipeline_map import fitting, most_telling_first
 from experiments.shapes import QWEN3, SHAPES
 from models.config import ModelConfig
@@ -53,6 +54,30 @@ def test_rows_of_a_machine_without_a_gpu(rows):
     assert all(row["same_logits"] == "True" for row in in_order)
     assert [row["same_tokens"] for row in in_order] == ["6", "10"]
     assert [row["num_micro_batches"] for row in rows] == ["1", "2"] * 2
+
+
+def test_clocks_are_steady_before_the_first_mode_is_timed(tmp_path, monkeypatch):
+    """Behind all captures, whose pauses unsettle them."""
+    monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
+    monkeypatch.setattr(pipeline_cell, "STEPS_ON_HOST", 1)
+    seen, step, time = [], Cell.step, Cell.time
+
+    def stepped(cell, mode):
+        seen.append("step")
+        return step(cell, mode)
+
+    def timed(cell, mode, effort=STEADY):
+        seen.append((mode and mode.name, effort))
+        return time(cell, mode, effort)
+
+    monkeypatch.setattr(Cell, "step", stepped)
+    monkeypatch.setattr(Cell, "time", timed)
+    options = ["--device", "cpu", "--layers", "1", "--out", str(tmp_path / "pipeline.csv")]
+    main(["--model", "tiny", *options, "--cells", "6x20"])
+    efforts = [one for one in seen if one != "step"][1:]  # behind the ends
+    assert efforts == [(None, BEHIND_A_PAUSE), (None, STEADY), ("in order", STEADY)]
+    behind = seen[seen.index((None, BEHIND_A_PAUSE)) :]
+    assert behind.count("step") < seen.count("step")
 
 
 def test_counts_are_of_all_layers(rows):

@@ -135,15 +135,18 @@ class Batch:
         self.units = [splits * (length // CUT["SPLIT_UNIT"]) for splits, length in cuts]
         self.table = list(range(len(context_lens) * self.max_blocks))
         self.num_taken = 0
+        self.reached = 0  # of the program that is walked: the request that its last share began in
 
     def all_units(self, *shape: Any) -> int:
         return sum(self.units)
 
-    def request_with(self, unit: int, *shape: Any) -> tuple[int, ...]:
+    def request_with(self, unit: int, b: int, base: int, *shape: Any) -> tuple[int, ...]:
+        assert base == sum(self.units[:b]) and b >= self.reached, "it looks on from where it was"
         b = base = 0
         while b < len(self.units) and base + self.units[b] <= unit:
             base += self.units[b]
             b += 1
+        self.reached = b
         return Number(b), base
 
     def next_share(self, taken: Any, num_groups: int, num_tail: int) -> int:
@@ -198,6 +201,7 @@ def walk(batch: Batch, ring: Ring, gl: Scalars) -> list[list[tuple[int, ...]]]:
     )
     shares: list[list[tuple[int, ...]]] = []
     request_with = batch.request_with
+    batch.reached = 0
 
     def opened(unit: int, *shape: Any) -> tuple[int, ...]:
         shares.append(ring.read)
