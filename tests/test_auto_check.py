@@ -42,6 +42,10 @@ def test_a_choice_that_longer_readings_do_not_bear_out(decoder, tmp_path, monkey
         pipeline.readings[12][10**6] = {SERIAL: 1.0, "56:76": 1.0}  # of a larger pool
         pipeline.readings[8][32] = {SERIAL: 1.0}  # no split could be had
         assert cells(pipeline) == all_cells
+        num_tokens = pipeline.kv_cache.num_blocks * pipeline.kv_cache.block_size
+        even = {SERIAL: 1.0, "56:76": 1.0}
+        pipeline.readings[1] = {num_tokens: even, num_tokens + 1: even}
+        assert {*cells(pipeline)} - {*all_cells} == {(1, num_tokens)}
         rows = checked(pipeline, 12, 16, LONG)
         assert pipeline.choices == choices
     assert {row.mode: (row.auto_ms, row.ms) for row in rows} == {
@@ -90,7 +94,8 @@ def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkey
     with torch.inference_mode():
         pipeline = auto_of(decoder, Machine({"56:76": 1.2}), tmp_path)
         pipeline.warm_up()
-    pipeline.readings[8][16]["56:76"] = 10 / 0.97  # where a split loses by 3 %, no less
+    lost = dict.fromkeys(pipeline.readings[8][16].keys() - {SERIAL}, 10 / 0.93)
+    pipeline.readings[8][16] |= lost  # by 7 %, no less
     pipeline.readings[4][64]["56:76"] = 10 / 1.05
     far = pipeline.readings[12][16]
     far |= dict.fromkeys(far.keys() - {SERIAL}, 10 / 0.7)  # nor one that is far behind
@@ -102,7 +107,7 @@ def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkey
     monkeypatch.setattr(auto_check, "LLM", FakeLLM)
     rows = auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=2.5)
     cells_read = list(dict.fromkeys((row.batch, row.context) for row in rows))
-    assert cells_read == [(8, 16), (4, 64)]
+    assert cells_read == [(4, 64), (8, 16)]
     assert set(steady.how) == {Reading(LONG.settle_ms, 7.0)}
     assert "check: out of time at 4 x 16" in capsys.readouterr().err
     pipeline.readings.clear()
@@ -135,6 +140,16 @@ def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
         ("48:84", "2.0", "False"),
     ]
     assert "lost at most: 5.0%, 64 x 16" in capsys.readouterr().out
+
+
+def test_what_is_lost_is_against_the_fastest_of_all_modes():
+    """Serial, where that is."""
+    row = {"batch": 64, "context": 16, "auto_ms": 2.0}
+    times = {SERIAL: 2.0, "48:84": 2.1, "56:76": 2.2}
+    for chosen, lost in ((SERIAL, 0.0), ("48:84", 2.1 / 2.0 - 1)):
+        rows = [Checked(**row, mode=m, ms=ms, is_chosen=m == chosen) for m, ms in times.items()]
+        (line,) = lines(rows)
+        assert (line["best_split"], line["chosen"], line["lost"]) == ("48:84", chosen, lost)
 
 
 def test_a_cpu_has_nothing_to_check(monkeypatch, tmp_path, capfd):

@@ -289,6 +289,36 @@ def test_what_may_win_is_read_long(decoder, tmp_path, monkeypatch):
     assert near_best == {"serial": [2, 1], "40:92": [2, 0], "56:76": [2, 1], "72:60": [2, 1]}
     slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.989), tmp_path / "3")
     assert slow == {mode: [2, 0] for mode in near_best}
+    for i, (gain, num_long) in enumerate([(1.015, 2), (1.025, 1)]):
+        one = num_read({"40:92": 0.9, "56:76": 0.9, "72:60": gain}, tmp_path / f"close {i}")
+        assert one["serial"] == one["72:60"] == [2, num_long]
+
+
+@pytest.mark.parametrize(("long_ms", "num_long"), [(10.1, 2), (10.3, 1)])
+def test_what_loses_by_far_is_not_read_again(decoder, tmp_path, monkeypatch, long_ms, num_long):
+    """However it fared in short readings."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (LONGEST,))
+    machine = Machine(dict.fromkeys(("40:92", "56:76"), 0.9))
+
+    def step_ms(batch, context, mode, run, reading) -> float:
+        ms = machine.step_ms(batch, context, mode, run, reading)
+        return long_ms if (mode, reading) == ("72:60", LONG) else ms
+
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline._time_step = step_ms
+    pipeline.warm_up()
+    num_batches = len(pipeline.readings)
+    assert machine.how.count(LONG) == 2 * num_long * num_batches
+
+
+def test_a_second_reading_that_time_does_not_suffice_for_is_as_none(decoder, tmp_path, monkeypatch):
+    """What was read long once is read again at the next start."""
+    monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
+    close = dict.fromkeys(("40:92", "56:76", "72:60"), 1.01)
+    slow = Machine(close, seconds_a_reading=CALIBRATION_SECONDS / 12 * (1 + 1e-9))
+    pipeline = auto_of(decoder, slow, tmp_path)
+    pipeline.warm_up()
+    assert slow.how == [SHORT] * 8 + [LONG] * 4 and not pipeline.readings
 
 
 def test_the_least_short_reading_says_what_may_win_and_the_long_one_what_counts(
@@ -315,26 +345,34 @@ def test_the_least_short_reading_says_what_may_win_and_the_long_one_what_counts(
     assert pipeline.readings[12][16] == read
 
 
-@pytest.mark.parametrize(("reading", "num_asked"), [(SHORT, 1), (LONG, 3)])
+@pytest.mark.parametrize("num_asked", [1, 2, 3])
+@pytest.mark.parametrize("next_best", [1.0, 1.1])
 def test_a_split_that_fails_while_it_is_read_is_asked_no_more(
-    decoder, tmp_path, monkeypatch, reading, num_asked
+    decoder, tmp_path, monkeypatch, num_asked, next_best
 ):
-    """Nor does what was read of it before count."""
+    """In a short reading or in the long one. Nor does what was read of it before count: the next
+    best is read long."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
-    machine = Machine({"40:92": 1.2})
+    machine = Machine({"40:92": 1.2, "56:76": next_best})
 
     def step_ms(batch, context, mode, run, how) -> float:
         ms = machine.step_ms(batch, context, mode, run, how)
-        if (mode, how) == ("40:92", reading):
+        if mode == "40:92" and num_of_it() == num_asked:
             raise RuntimeError("an illegal memory access was encountered")
         return ms
+
+    def num_of_it() -> int:
+        return [mode for _, _, mode in machine.asked].count("40:92")
 
     pipeline = auto_of(decoder, machine, tmp_path)
     pipeline._time_step = step_ms
     pipeline.warm_up()
-    assert [mode for _, _, mode in machine.asked].count("40:92") == num_asked
+    assert num_of_it() == num_asked
+    is_long = ((12, 16, "56:76"), LONG) in zip(machine.asked, machine.how, strict=True)
+    assert is_long == (num_asked < 3)
     assert all(ms.keys() == {"serial", "56:76", "72:60"} for ms in pipeline.readings[12].values())
-    assert "illegal memory access" in pipeline.statistics.why_none
+    if next_best == 1.0:
+        assert "illegal memory access" in pipeline.statistics.why_none
 
 
 def test_a_step_is_read_once_clocks_have_settled(monkeypatch):
@@ -344,9 +382,9 @@ def test_a_step_is_read_once_clocks_have_settled(monkeypatch):
     run = clocked(monkeypatch, lambda i: 4.5 if i < 20 else 1.5)
     assert replay_ms(1, 1, "serial", run, Reading(40.0, 5.0)) == 4.5
     launches = []
-    run = clocked(monkeypatch, lambda i: launches.append(i) or 2.0)
-    assert replay_ms(1, 1, "serial", run, Reading(10.0, 5.0)) == 2.0
-    assert len(launches) == 1 + 5 + 3
+    run = clocked(monkeypatch, lambda i: launches.append(i) or (1.5 if i else 4.5))
+    assert replay_ms(1, 1, "serial", run, Reading(8.0, 5.0)) == 1.5
+    assert len(launches) == 1 + 2 + 4  # each part as long as it must be by the one before
 
 
 def test_a_win_with_nothing_read_beside_it_is_none_yet(decoder, tmp_path, monkeypatch):
@@ -371,17 +409,56 @@ def test_reading_again_is_over_values_and_leaves_the_choices(decoder, tmp_path):
     pipeline.kv_cache.blocks.fill_(torch.nan)
     other = Machine({"40:92": 0.5})
     other.watch = lambda mode: assert_finite(pipeline)
+    launched = launches_of(pipeline, other)
     choices = dict(pipeline.choices)
     context = min(pipeline.readings[12])
     pipeline._time_step = other.step_ms
     found = pipeline.read_again(12, context, LONG)
     assert found == {"serial": 10.0, "40:92": 20.0, "56:76": 10.0, "72:60": 10.0}
     assert pipeline.choices == choices and other.how == [LONG] * 4
+    assert launched == [*found, *(one for mode in found for one in (f"read {mode}", mode))]
     assert not pipeline.block_table.any()
 
 
 def assert_finite(pipeline: AutoPipeline) -> None:
     assert pipeline.buffers.logits[:4].isfinite().all()
+    assert pipeline.block_table[:4].any(dim=1).all(), "of requests"
+
+
+def launches_of(pipeline: AutoPipeline, machine: Machine, seconds: float = 0.0) -> list[str]:
+    """Of trials' steps, by mode, and the readings between; each takes so many seconds."""
+    found, launcher, watch = [], pipeline._launcher, machine.watch
+
+    def launched(batch, context, streams) -> Callable[[], None]:
+        run = launcher(batch, context, streams)
+
+        def noted() -> None:
+            found.append("serial" if streams is None else streams.name)
+            machine.now += seconds
+            run()
+
+        return noted
+
+    def watched(mode: str) -> None:
+        watch(mode)
+        found.append(f"read {mode}")
+
+    pipeline._launcher, machine.watch = launched, watched
+    return found
+
+
+def test_all_modes_are_captured_before_the_first_is_read(decoder, tmp_path, monkeypatch):
+    """And none once time is up."""
+    machine = Machine()
+    pipeline = auto_of(decoder, machine, tmp_path / "1")
+    launched = launches_of(pipeline, machine)
+    pipeline.warm_up()
+    assert launched[:5] == ["serial", "40:92", "56:76", "72:60", "read serial"]
+    slow = Machine()
+    pipeline = auto_of(decoder, slow, tmp_path / "2")
+    launched = launches_of(pipeline, slow, CALIBRATION_SECONDS / 2)
+    pipeline.warm_up()
+    assert launched == ["serial", "40:92"] and not slow.asked
 
 
 def test_next_to_where_a_split_wins_it_is_timed_too(decoder, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import csv
 import inspect
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,13 +298,14 @@ def test_every_copy_has_its_turn():
 
 def test_launches_are_timed_once_clocks_have_settled(monkeypatch):
     """Two calls a round; the first rounds take three times as long, 20 ms in all."""
-    run = clocked(monkeypatch, lambda i: 3.0 if i < 6 else 1.0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=int))
+    calls = []
+    run = clocked(monkeypatch, lambda i: calls.append(i) or (3.0 if i < 6 else 1.0))
     settled = _time_launches(run, 2, Effort(min_replays=3, settle_ms=20.0))
-    assert (settled.p20, settled.p80) == (1.0, 1.0)
-    run = clocked(monkeypatch, lambda i: 3.0 if i < 6 else 1.0)
+    assert (settled.p20, settled.p80) == (1.0, 1.0) and len(calls) == 2 * (4 + 3)
+    calls.clear()
+    run = clocked(monkeypatch, lambda i: calls.append(i) or (3.0 if i < 6 else 1.0))
     at_once = _time_launches(run, 2, Effort(min_replays=3))
-    assert (at_once.p50, at_once.p80) == (3.0, 3.0)
+    assert (at_once.p50, at_once.p80) == (3.0, 3.0) and len(calls) == 2 * (1 + 3)
 
 
 @pytest.mark.gpu

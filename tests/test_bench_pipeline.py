@@ -10,9 +10,10 @@ from engine.stage_schedule import Placement
 from experiments import pipeline_cell, pipeline_map
 from experiments.bench_pipeline import Row, _parse, main
 from experiments.harness import environment, read_rows
-from experiments.pipeline_cell import BEHIND_A_PAUSE, STEADY, Cell
+from experiments.pipeline_cell import AT_ONCE, BEHIND_A_PAUSE, READING_MS, STEADY, Cell
 from experiments.pipeline_map import fitting, most_telling_first
 from experiments.shapes import QWEN3, SHAPES
+from experiments.timing import Effort, Times
 from models.config import ModelConfig
 from tests.test_step_model import H200
 
@@ -57,27 +58,31 @@ def test_rows_of_a_machine_without_a_gpu(rows):
 
 
 def test_clocks_are_steady_before_the_first_mode_is_timed(tmp_path, monkeypatch):
-    """Behind all captures, whose pauses unsettle them."""
+    """Behind all captures, whose pauses unsettle them; and what a step does not write is not taken
+    for its logits."""
     monkeypatch.setitem(SHAPES, "tiny", QWEN3 | TINY)
-    monkeypatch.setattr(pipeline_cell, "STEPS_ON_HOST", 1)
-    seen, step, time = [], Cell.step, Cell.time
+    seen, step = [], Cell.step
 
-    def stepped(cell, mode):
-        seen.append("step")
-        return step(cell, mode)
+    def stepped(cell, mode) -> list[int]:
+        seen.append(mode and mode.name)
+        return [-1] * cell.batch if mode is None else step(cell, mode)
 
-    def timed(cell, mode, effort=STEADY):
+    def timed(cell, mode, effort=STEADY) -> Times:
         seen.append((mode and mode.name, effort))
-        return time(cell, mode, effort)
+        return Times(1.0, 1.0, 1.0)
 
     monkeypatch.setattr(Cell, "step", stepped)
     monkeypatch.setattr(Cell, "time", timed)
-    options = ["--device", "cpu", "--layers", "1", "--out", str(tmp_path / "pipeline.csv")]
+    out = tmp_path / "pipeline.csv"
+    options = ["--device", "cpu", "--layers", "1", "--out", str(out)]
     main(["--model", "tiny", *options, "--cells", "6x20"])
-    efforts = [one for one in seen if one != "step"][1:]  # behind the ends
-    assert efforts == [(None, BEHIND_A_PAUSE), (None, STEADY), ("in order", STEADY)]
-    behind = seen[seen.index((None, BEHIND_A_PAUSE)) :]
-    assert behind.count("step") < seen.count("step")
+    assert seen == [
+        *[("ends", AT_ONCE), "in order", None, "in order"],
+        *[(None, BEHIND_A_PAUSE), (None, STEADY), ("in order", STEADY)],
+    ]
+    found = read_rows(out, [*Row.__dataclass_fields__, *environment("cpu")])
+    same = [(row["same_tokens"], row["same_logits"]) for row in found]
+    assert same == [("0", "False"), ("6", "True")]
 
 
 def test_counts_are_of_all_layers(rows):
@@ -86,6 +91,42 @@ def test_counts_are_of_all_layers(rows):
     assert int(rows[0]["layer_flops"]) == 2 * 6 * num_weights
     assert int(rows[0]["kv_bytes"]) == 2 * 2 * 6 * 20 * 2 * 8 * 4
     assert int(rows[0]["head_bytes"]) == 1009 * 32 * 4
+
+
+@pytest.mark.parametrize("step_ms, replays", [(READING_MS / 3, 3), (3 * READING_MS, 1)])
+def test_what_a_step_has_captured_is_replayed_as_often_as_a_reading_holds(
+    monkeypatch, step_ms, replays
+):
+    """Once its inputs lie where it looks for them."""
+    done, timed = [], []
+
+    class Captured(Cell):
+        """One that captures, and has nothing to run."""
+
+        def __init__(self) -> None:
+            self._graphs = {}
+            self.pipeline = SimpleNamespace(
+                device=torch.device("cuda"), schedule=(SimpleNamespace(stream="ffn"),), streams={}
+            )
+
+        def step(self, mode) -> list[int]:
+            done.append("step")
+            self._graphs[mode] = SimpleNamespace(replay=lambda: done.append("replay"))
+            return []
+
+    def time_calls(run, steps, device, effort, *, captured) -> Times:
+        assert not captured
+        run(0)
+        timed.append((steps, effort))
+        return Times(step_ms, step_ms, step_ms)
+
+    monkeypatch.setattr(pipeline_cell, "time_calls", time_calls)
+    cell = Captured()
+    assert cell.time(None).p50 == step_ms
+    assert done == ["step", "replay", "replay"]
+    assert timed == [(1, Effort(min_replays=2)), (replays, STEADY)]
+    cell.ends()
+    assert timed[-1] == (replays, AT_ONCE) and len(cell.pipeline.schedule) == 1
 
 
 def test_a_map_goes_on_where_it_was_left(tmp_path, monkeypatch, capsys):

@@ -179,6 +179,7 @@ def test_shares_have_every_unit_once_and_small_batches_no_tail(in_all, num_group
     block_b=st.sampled_from([1, 4, 64]),
 )
 @example([9, 9], [1, 2, 3, 4, 11, 18], 4)  # several shares of one request
+@example([1, 9, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [51, 52], 4)  # behind two blocks of requests
 def test_a_later_share_is_found_from_where_the_last_ended(units, ends, block_b):
     """The request that its first unit is in, and the units before that."""
 
@@ -196,8 +197,12 @@ def test_a_later_share_is_found_from_where_the_last_ended(units, ends, block_b):
         load = staticmethod(units.__getitem__)
 
     parts = {"_units_of": units_of, "_requests_before": requests_before}
-    form = (0, len(units), *[1] * 5, block_b)
-    with patch.multiple(decode_deal, gl=Blocks, cut=lambda length, *form: (length, 1), **parts):
+
+    def cut(length, *form):
+        return (1, 2 * length) if length % 2 else (length, 2)
+
+    form = (0, len(units), *[2] * 5, block_b)
+    with patch.multiple(decode_deal, gl=Blocks, cut=cut, **parts):
         assert decode_deal.all_units.fn(*form) == sum(units)
         ends = sorted(min(end, sum(units)) for end in ends)
         b = base = 0

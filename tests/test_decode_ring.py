@@ -98,6 +98,14 @@ class Scalars(Grid):
         assert 0 <= pointer.at < len(pointer.numbers)
         return pointer.numbers[pointer.at]
 
+    def atomic_add(self, pointer: Pointer, number: int, sem: str) -> int:
+        pointer.numbers[pointer.at] += number
+        return pointer.numbers[pointer.at] - number
+
+    def store(self, pointer: Any, number: Any, mask: Any = True) -> None:
+        if isinstance(pointer, Pointer):
+            pointer.numbers[pointer.at] = number
+
 
 class Ring:
     """Stages, the loads and reads of each, and what was read in which order."""
@@ -135,6 +143,8 @@ class Batch:
         self.units = [splits * (length // CUT["SPLIT_UNIT"]) for splits, length in cuts]
         self.table = list(range(len(context_lens) * self.max_blocks))
         self.num_taken = 0
+        self.arrived = [0] * (2 + TAIL["TAIL_SHARES"]) * num_groups
+        self.num_written = [0] * len(context_lens)
         self.reached = 0  # of the program that is walked: the request that its last share began in
 
     def all_units(self, *shape: Any) -> int:
@@ -152,6 +162,9 @@ class Batch:
     def next_share(self, taken: Any, num_groups: int, num_tail: int) -> int:
         self.num_taken += 1
         return num_groups + self.num_taken - 1 if self.num_taken <= num_tail else -1
+
+    def store_out(self, out: Pointer, *sums: Any) -> None:
+        self.num_written[out.at] += 1
 
     def steps(self, block_n: int) -> Iterator[tuple[int, ...]]:
         """Rows of every step of every request."""
@@ -180,6 +193,7 @@ def stood_in_for(batch: Batch, ring: Ring, gl: Scalars) -> Iterator[None]:
         "all_units": batch.all_units,
         "request_with": batch.request_with,
         "next_share": batch.next_share,
+        "store_out": batch.store_out,
         "join_splits": lambda *args: (ANYTHING, ANYTHING),
     }
     for name, value in vars(decode_pipeline).items():
@@ -212,9 +226,10 @@ def walk(batch: Batch, ring: Ring, gl: Scalars) -> list[list[tuple[int, ...]]]:
     paging = Pointer(batch.table), Pointer(batch.context_lens)
     with stood_in_for(batch, ring, gl):
         kernel(
-            ANYTHING, desc, *paging, *[ANYTHING] * 5, splits_per_place=1,
+            ANYTHING, desc, *paging, ANYTHING, ANYTHING, Pointer(batch.arrived), ANYTHING,
+            Pointer(batch.num_written), splits_per_place=1,
             B=len(batch.context_lens), scale_log2=1.0, stride_q_b=0, stride_q_h=0,
-            stride_table_b=batch.max_blocks, stride_o_b=0, stride_o_h=0, rows_per_block=1,
+            stride_table_b=batch.max_blocks, stride_o_b=1, stride_o_h=0, rows_per_block=1,
             rows_to_v=0, past=PAST, H_KV=1, GROUP=2, D=128, **CUT, **TAIL, JOIN_AHEAD=1,
             BLOCK_B=128, BLOCK_J=2, BLOCK_N=ring.BLOCK_N, STAGES=ring.STAGES, PDL=True,
         )  # fmt: skip
@@ -247,3 +262,4 @@ def test_every_step_is_read_once_in_order_from_the_stage_it_came_to(
             read += share
         assert ring.num_loads == ring.num_reads  # nothing comes after the program has gone
     assert sorted(read) == sorted(batch.steps(block_n))
+    assert set(batch.num_written) == {1} and not any(batch.arrived)

@@ -145,6 +145,18 @@ def test_one_split_for_all_is_held_against_the_rule():
     ]
     (of_more_cells,) = lifted_limits.split_findings([*few, *deep, *map_rows], "Qwen3-0.6B")
     assert of_more_cells.command.endswith("--layers 6")
+    near = [step("serial", 10.0), step("48:84", 9.95)]  # the rule loses here, of no account
+    aside = lifted_limits.split_findings([*few, *deep, *near], "Qwen3-0.6B")
+    assert [one.why for one in aside] == [of_more_cells.why]
+    day = "2029-01-01 00:00"
+    later = [row | {"date": day} for row in map_rows[:2]]
+    (of_two_days,) = lifted_limits.split_findings([*map_rows, *later], "Qwen3-0.6B")
+    assert of_two_days.date == day
+    newer = {"date": "2030-01-01 00:00", "commit": "new", "num_layers": "6", "ends_ms": "0.5"}
+    old = {"date": "2020-01-01 00:00", "gpu": "another"}
+    others = [*(row | newer for row in map_rows[:2]), *(row | old for row in deep)]
+    assert lifted_limits.split_findings([*map_rows, *others], "Qwen3-0.6B") == [found]
+    assert lifted_limits.split_findings([*deep, *map_rows], "Qwen3-0.6B") == [found]
     without = [row | {"mode": "64:68"} if row["mode"] == "48:84" else row for row in map_rows]
     (of_the_split,) = lifted_limits.split_findings([*few, *without], "Qwen3-0.6B")
     assert of_the_split.command.endswith("--layers 6")

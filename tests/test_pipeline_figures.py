@@ -80,7 +80,15 @@ def test_the_deepest_map_is_drawn_that_has_half_the_cells():
     figure = plot.draw_maps(of_all)
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["16", "64", "1024"]
     assert "faster in 4 of 4 cells" in figure.axes[0].get_title(loc="left")
+    aside = [
+        row | {"commit": "aside"}
+        for row in [*of_six[:2], *(row | {"gpu": "cpu", "mode": "serial"} for row in of_all[:1])]
+    ]
+    assert plot.draw_maps([*of_all, *aside]).get_suptitle() == figure.get_suptitle()
     assert plot.draw_maps(of_all[-4:]) is None
+    other = [row | {"gpu": "NVIDIA H200"} for row in of_all]
+    titles = {place[:2]: place[2] for place in shown(plot.draw_maps([*other, *of_six]))}
+    assert titles.keys() == {(0, 0), (1, 0)}, "one column, however deep"
 
 
 def test_the_newest_row_counts_and_gpus_stand_apart():
@@ -122,6 +130,9 @@ def test_a_serial_step_that_swings_counts_by_its_fast_readings():
     rows = [step(64, 512, "serial", 13.0, ms_p20=12.0, ms_p80=14.0), step(64, 512, "48:84", 11.0)]
     swings = regime_maps(rows)[GPU, "Qwen3-8B", 6][64, 512]
     assert swings.speedup == pytest.approx((1 + 6 * 11) / (1 + 6 * 10))
+    for row, fast, slow in ((rows[0], "12.0", "13.2"), (rows[1], "9.0", "14.0")):
+        row |= {"ms_p20": fast, "ms_p80": slow}
+    assert regime_maps(rows)[GPU, "Qwen3-8B", 6][64, 512] == swings
     rows[0] |= {"ms_p20": "12.8", "ms_p80": "13.1"}
     steady = regime_maps(rows)[GPU, "Qwen3-8B", 6][64, 512]
     assert steady.speedup == pytest.approx((1 + 6 * 12) / (1 + 6 * 10))
