@@ -75,7 +75,7 @@ def split_findings(rows: Rows, model: str) -> list[Finding]:
             cells_of.setdefault(int(row["num_layers"]), set()).add((row["batch"], row["context"]))
     if not cells_of:
         return []
-    num_layers = deepest({n: len(cells) for n, cells in cells_of.items()})
+    num_layers = deepest(cells_of)
     mine = [row for row in mine if int(row["num_layers"]) == num_layers]
     stamp = max(mine, key=lambda row: row["date"])
     place = (stamp["gpu"], model, num_layers)

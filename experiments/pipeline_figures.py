@@ -10,7 +10,7 @@ limit takes two seconds to recover. Where its readings scatter, what is in doubt
 counts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,25 +138,26 @@ def _bias(model: str, num_layers: int) -> str:
     return f" from {num_layers} layers (up to {too_low:.0%} too low)"
 
 
-def deepest(num_cells: Mapping[int, int]) -> int:
-    """Of maps of one model, by the layers that were run: the most that half as many cells are of as
-    of any."""
-    most = max(num_cells.values())
-    return max(layers for layers, num in num_cells.items() if 2 * num >= most)
+def deepest(maps: Mapping[int, Sized]) -> int:
+    """Of maps of one model, by the layers that were run: the most of which there are half as many
+    cells as of any."""
+    most = max(map(len, maps.values()))
+    return max(num_layers for num_layers, cells in maps.items() if 2 * len(cells) >= most)
 
 
 def drawn_maps(rows: Iterable[CsvRow]) -> dict[Place, dict[tuple[int, int], Cell]]:
     """Of each GPU and model that stands for none, the deepest map, without cells between."""
-    found: dict[tuple[str, str], dict[int, dict[tuple[int, int], Cell]]] = {}
+    on_map = frozenset(whole_map())
+    by_depth: dict[tuple[str, str], dict[int, dict[tuple[int, int], Cell]]] = {}
     for (gpu, model, num_layers), cells in regime_maps(rows).items():
-        on_map = {cell: best for cell, best in cells.items() if cell in whole_map()}
-        if on_map and model not in STAND_INS:
-            found.setdefault((gpu, model), {})[num_layers] = on_map
-    return {
-        (*place, layers): of[layers]
-        for place, of in found.items()
-        for layers in [deepest({n: len(cells) for n, cells in of.items()})]
-    }
+        kept = {cell: best for cell, best in cells.items() if cell in on_map}
+        if kept and model not in STAND_INS:
+            by_depth.setdefault((gpu, model), {})[num_layers] = kept
+    drawn = {}
+    for (gpu, model), maps in by_depth.items():
+        num_layers = deepest(maps)
+        drawn[gpu, model, num_layers] = maps[num_layers]
+    return drawn
 
 
 def draw_maps(rows: Sequence[CsvRow]) -> Figure | None:
