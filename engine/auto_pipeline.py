@@ -81,7 +81,6 @@ class AutoPipeline(TrialSteps):
         `close`."""
         modes = self._readings[batch][context].keys() - {SERIAL}
         there = [mode for mode in sorted(modes) if self._streams_of(mode) is not None]
-        self._fill_cache()  # no trial of this start may have done so
         with self._requests_of(batch, context):
             self._capture(batch, context, [SERIAL, *there], math.inf)
             return self._read(batch, context, [SERIAL, *there], reading, math.inf)
@@ -114,8 +113,6 @@ class AutoPipeline(TrialSteps):
         try:
             with suppress(TimeIsUp):
                 for batch, context, modes in self._to_read(worth):
-                    if not num_read:
-                        self._fill_cache()
                     self._add(batch, context, self._times(batch, context, modes, deadline))
                     num_read += 1
         finally:

@@ -83,6 +83,7 @@ class TrialSteps(DecodePipeline):
         super().__init__(*arguments, streams=(), **options)
         self._make_streams, self._time_step, self._clock = make_streams, time_step, clock
         self._why_not: dict[str, str] = {}  # splits that could not be had, or whose steps failed
+        self._is_filled = False
 
     def _times(
         self, batch: int, context: int, modes: Iterable[str], deadline: float
@@ -96,13 +97,20 @@ class TrialSteps(DecodePipeline):
             for _ in range(ROUNDS):
                 ms = self._read(batch, context, in_turn, SHORT, deadline)
                 found = {mode: min(t, found.get(mode, t)) for mode, t in ms.items()}
-            limit = min((1 + LOSS) * found[SERIAL], (1 + NEAR) * min(found.values()))
-            near = [mode for mode, t in found.items() if mode != SERIAL and t <= limit]
-            if near:
-                ms = self._read_long(batch, context, [SERIAL, *near], deadline)
+            return self._confirmed(batch, context, found, deadline)
+
+    def _confirmed(
+        self, batch: int, context: int, found: Mapping[str, float], deadline: float
+    ) -> dict[str, float]:
+        """Times of which those that may win by short readings, found, are read long. If all of
+        these fail, those that may win without them are."""
+        while near := _may_win(found):
+            ms = self._read_long(batch, context, [SERIAL, *near], deadline)
+            found = {mode: t for mode, t in found.items() if mode not in self._why_not}
+            if len(ms) > 1:
                 scale = max(t / found[mode] for mode, t in ms.items())
-                found = {mode: t * scale for mode, t in found.items()} | ms
-        return {mode: t for mode, t in found.items() if mode not in self._why_not}
+                return {mode: t * scale for mode, t in found.items()} | ms
+        return dict(found)
 
     def _capture(self, batch: int, context: int, modes: Iterable[str], deadline: float) -> None:
         """Before the first of them is read: after a pause a GPU has power to spare."""
@@ -183,16 +191,20 @@ class TrialSteps(DecodePipeline):
             self.streams.pop(mode).close()
 
     def _fill_cache(self) -> None:
-        """Values as a model's may be. Zeros take less power than those, which flatters what needs
-        more of it; and what was never written may be anything, NaN too."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        self.kv_cache.blocks.normal_(generator=generator)
+        """Values as a model's may be, once: trials store none. Zeros take less power than those,
+        which flatters what needs more of it; and what was never written may be anything, NaN
+        too."""
+        if not self._is_filled:
+            generator = torch.Generator(self.device).manual_seed(0)
+            self.kv_cache.blocks.normal_(generator=generator)
+            self._is_filled = True
 
     @contextmanager
     def _requests_of(self, batch: int, context: int) -> Iterator[None]:
-        """Tokens and block tables as if there were requests, over scattered blocks. Nobody has a
-        row yet."""
+        """Tokens and block tables as if there were requests, over scattered blocks that have
+        values. Nobody has a row yet."""
         assert not len(self.rows), "trials must come before the first request"
+        self._fill_cache()
         num_blocks = -(-context // self.kv_cache.block_size)
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(self.kv_cache.num_blocks, generator=generator)
@@ -224,6 +236,12 @@ class TrialSteps(DecodePipeline):
         if streams is None:
             return partial(self.graphs.run, self._bucket_of(batch), self._step)
         return partial(self.graphs.run, (streams.name, size, 0), self._pipelined_step)
+
+
+def _may_win(ms: Mapping[str, float]) -> list[str]:
+    """Splits that by short readings are fast enough for long ones."""
+    limit = min((1 + LOSS) * ms[SERIAL], (1 + NEAR) * min(ms.values()))
+    return [mode for mode, t in ms.items() if mode != SERIAL and t <= limit]
 
 
 def name_of(split: Split) -> str:
