@@ -28,9 +28,9 @@ class Reading:
     ms: float
 
 
-# At its power limit an H200 lets the steps behind a pause take more than that for most of a second,
-# and then less for a while, in which they take up to 17 % longer than from then on.
-SHORT, LONG = Reading(60.0, 60.0), Reading(1000.0, 500.0)
+# At its power limit an H200 swings about it once a second, for seconds behind a pause: steps take
+# up to 20 % longer at one time than at another. Means of a whole second do not see that.
+SHORT, LONG = Reading(60.0, 60.0), Reading(500.0, 1000.0)
 ROUNDS = 2  # short readings of each mode, in turn with the others'
 # Splits that by short readings are so near the fastest and lose by no more than that are read long:
 # short ones mostly flatter splits, by up to 3 %, and slight them at times, by up to 2.
