@@ -108,7 +108,7 @@ def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkey
     rows = auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=2.5)
     cells_read = list(dict.fromkeys((row.batch, row.context) for row in rows))
     assert cells_read == [(4, 64), (8, 16)]
-    assert set(steady.how) == {Reading(LONG.settle_ms, 7.0)}
+    assert set(steady.how) == {Reading(1000.0, 7.0)}
     assert "check: out of time at 4 x 16" in capsys.readouterr().err
     pipeline.readings.clear()
     assert auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=9.0) == []
