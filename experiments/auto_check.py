@@ -8,15 +8,15 @@ step and every split that `auto` read there are read again, the closest calls fi
 --reading-ms, behind a second of the same steps. A calibration has less time for a reading, and
 chooses the best of several.
 
-A row for each mode goes to experiments/results/auto_check.csv: what the calibration read, what was
-read now, and whether this is the mode that steps of such a batch run on. `lost` is by how much the
-chosen one takes longer than the best (issue 5: 2 % at most).
+A row for each mode goes to experiments/results/auto_check.csv once its cell is read: what the
+calibration read, what was read now, and whether this is the mode that steps of such a batch run on.
+`lost` is by how much the chosen one takes longer than the best (issue 5: 2 % at most).
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,10 +58,16 @@ class Checked:
 
 
 def check(
-    what: str, folder: Path, options: dict[str, Any], *, reading_ms: float, max_seconds: float
+    what: str,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    reading_ms: float,
+    max_seconds: float,
+    write: Callable[[Checked], None],
 ) -> list[Checked]:
     """Start, and read again what the start has read, the closest calls first; none is begun after
-    max_seconds."""
+    max_seconds. Each is written once it is read, so that a run that is cut off has what it read."""
     begin = time.perf_counter()
     with LLM(folder, **options) as llm:
         runner: DecodePipeline = llm.decode_runner
@@ -75,7 +81,10 @@ def check(
                 if time.perf_counter() - begin > max_seconds:
                     print(f"{what}: out of time at {batch} x {context}", file=sys.stderr)
                     break
-                found += checked(runner, batch, context, Reading(SETTLE_MS, reading_ms))
+                rows = checked(runner, batch, context, Reading(SETTLE_MS, reading_ms))
+                for row in rows:
+                    write(row)
+                found += rows
         if not found:
             print(f"{what}: nothing to check: nothing was timed", file=sys.stderr)
         return found
@@ -113,6 +122,11 @@ def checked(runner: AutoPipeline, batch: int, context: int, reading: Reading) ->
     ]
 
 
+def write_row(out: Path, shape: Mapping[str, Any], stamp: Mapping[str, Any], row: Checked) -> None:
+    """Append it to the CSV, the columns of all rows around its own."""
+    append_row(out, {**shape, **asdict(row), **stamp})
+
+
 def lines(rows: Sequence[Checked]) -> list[dict[str, Any]]:
     """One for each cell: the best split, the chosen mode, and what that loses."""
     found = []
@@ -139,19 +153,21 @@ def lines(rows: Sequence[Checked]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, append the rows to the CSV, print a table and the largest loss."""
+    """Measure, then print a table and the largest loss."""
     args = _parse(argv)
     stamp = environment(torch.device(args.device))
     options = engine_options(args, WHAT)
-    work = partial(check, reading_ms=args.reading_ms, max_seconds=args.max_seconds)
     for folder, model in fresh_models(args):
         for i in range(1, args.starts):
             in_a_process(start, f"start {i}", folder, options)
-        rows = in_a_process(work, WHAT, folder, options)
         shape = model | {"reading_ms": args.reading_ms} | sizes_of(args)
-        for row in rows:
-            append_row(args.out, shape | asdict(row) | stamp)
-        if found := lines(rows):
+        work = partial(
+            check,
+            reading_ms=args.reading_ms,
+            max_seconds=args.max_seconds,
+            write=partial(write_row, args.out, shape, stamp),
+        )
+        if found := lines(in_a_process(work, WHAT, folder, options)):
             print(f"{model['model']}, {stamp['gpu']}\n{table(found, list(found[0]))}")
             worst = max(found, key=lambda line: line["lost"])
             print(f"lost at most: {worst['lost']:.1%}, {worst['batch']} x {worst['context']}")

@@ -105,13 +105,16 @@ def test_the_closest_calls_come_first_until_time_is_up(decoder, tmp_path, monkey
     clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
     monkeypatch.setattr(auto_check, "time", clock)
     monkeypatch.setattr(auto_check, "LLM", FakeLLM)
-    rows = auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=2.5)
+    written: list[Checked] = []
+    how = {"reading_ms": 7.0, "write": written.append}
+    rows = auto_check.check("check", pipeline, {}, max_seconds=2.5, **how)
+    assert written == rows
     cells_read = list(dict.fromkeys((row.batch, row.context) for row in rows))
     assert cells_read == [(4, 64), (8, 16)]
     assert set(steady.how) == {Reading(1000.0, 7.0)}
     assert "check: out of time at 4 x 16" in capsys.readouterr().err
     pipeline.readings.clear()
-    assert auto_check.check("check", pipeline, {}, reading_ms=7.0, max_seconds=9.0) == []
+    assert auto_check.check("check", pipeline, {}, max_seconds=9.0, **how) == []
     assert "check: nothing to check: nothing was timed" in capsys.readouterr().err
 
 
@@ -125,7 +128,11 @@ def test_rows_and_a_table(monkeypatch, tmp_path, capsys):
     def in_a_process(work, what, folder, options):
         assert (options["decode_pipeline"], options["num_kv_blocks"]) == ("auto", 80)
         started.append(what)
-        return rows if what == auto_check.WHAT else []
+        if what != auto_check.WHAT:
+            return []
+        for row in rows:
+            work.keywords["write"](row)
+        return rows
 
     monkeypatch.setattr(auto_check, "in_a_process", in_a_process)
     monkeypatch.setenv("GREENLANE_CACHE", "to be put back")
