@@ -33,22 +33,36 @@ CONSUMER_REGISTERS = gl.constexpr((3 * 168 - 56) // 2)
 
 
 @gluon.jit
+def _clear_last(pieces, end, num, STEP: gl.constexpr, PIECES: gl.constexpr, SIZE: gl.constexpr):
+    """Zero `num` slots, fewer than 2 * SIZE, in front of slot `end`, a multiple of that, and in all
+    PIECES, STEP slots apart. A store for each bit of num."""
+    if num & SIZE:
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])  # swizzles stay in a row
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        NUM: gl.constexpr = pieces.shape[0] * pieces.shape[1] // SIZE
+        some = reinterpret(pieces, [NUM, SIZE, PIECE_D], PLAIN)
+        for i in gl.static_range(PIECES):
+            zeros = gl.zeros([SIZE, PIECE_D], pieces.dtype, LAYOUT)
+            some.index((end + i * STEP) // SIZE - 1).store(zeros)
+        end -= SIZE
+    if SIZE > 1:
+        _clear_last(pieces, end, num, STEP, PIECES, SIZE // 2)
+
+
+@gluon.jit
 def _clear_unwritten(
     pieces, item, stage, BLOCK_N: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr
 ):
     """Zero what lies past the context in the last block of V: it may be NaN, and 0 * NaN is NaN.
-    Both consumers do, with the same zeros."""
+    Both consumers do, and neither waits: they store zeros alone, whichever comes first."""
     COUNT: gl.constexpr = BLOCK_N // BLOCK_SIZE
     PIECES: gl.constexpr = D // PIECE_D
     block = item.context_len // BLOCK_SIZE - (item.num_steps - 1) * COUNT
     written = item.context_len % BLOCK_SIZE
     if (written > 0) & (block < COUNT):
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        slots = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, LAYOUT))
-        for i in gl.static_range(PIECES):
-            piece = pieces.index(stage * (PIECES * COUNT) + i * COUNT + block)
-            v = piece.load(LAYOUT)
-            piece.store(gl.where((slots < written)[:, None], v, gl.zeros_like(v)))
+        end = (stage * (PIECES * COUNT) + block + 1) * BLOCK_SIZE
+        num = BLOCK_SIZE - written
+        _clear_last(pieces, end, num, COUNT * BLOCK_SIZE, PIECES, BLOCK_SIZE // 2)
         fence_async_shared()
         thread_barrier()
 
