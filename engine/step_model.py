@@ -7,13 +7,13 @@ bound by its products all the same, and the reads of the KV cache hide behind th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 Split = tuple[int, int]  # SMs for attention, SMs for FFN
 
 # Gain by arithmetic of which less is not worth a reading: two stages at a time slow each other. On
-# an H200 no split that was promised less than 0.14 won by 1 % in both of two runs (short readings,
-# 1286296 and b6ac0d6), and one that was promised nothing, 4B's 1024 x 128 on 52:80, by some 2 % in
-# a third (pipeline.csv, f9a597c).
+# an H200 no cell whose best split was promised less than 0.10 won by 1 % (pipeline.csv, f9a597c and
+# 4eeac9d, all layers).
 WORTH_TIMING = 0.10
 MAX_CANDIDATES = 3  # splits timed for one batch
 MIN_DISTANCE = 16  # SMs of attention between them
@@ -95,12 +95,18 @@ class StepModel:
     def worth_timing(
         self, batch: int, contexts: Sequence[int], splits: Sequence[Split]
     ) -> dict[int, list[Split]]:
-        """The candidates by context, each where it could win."""
+        """The candidates by context, each where it could win. Where another split could and none of
+        them, the one that comes closest: it is there for the sake of other contexts, and the
+        arithmetic is not so good that few SMs more or less would tell."""
         candidates = self.candidates(batch, contexts, splits)
-        return {
-            context: [split for split in candidates if self.could_win(batch, context, split)]
-            for context in contexts
-        }
+        found = {}
+        for context in contexts:
+            could = partial(self.could_win, batch, context)
+            found[context] = list(filter(could, candidates))
+            if candidates and not found[context] and any(map(could, splits)):
+                gain = partial(self.gain, batch, context)
+                found[context] = [max(candidates, key=gain)]
+        return found
 
     def _products_ms(self, num_bytes: int, batch: float, num_sms: int | None = None) -> float:
         rates = self.rates

@@ -62,10 +62,11 @@ def test_what_arithmetic_rules_out_counts_as_serial():
 
 
 def test_which_splits_could_win_goes_by_the_contexts_that_auto_reads():
-    """The map has none of 256 tokens, without which 40:92 would be read, and this cell with it."""
+    """With 256 tokens, which the map has not, 52:80 has most to win; 128 are read for its sake."""
     of_4b = {"model": "Qwen3-4B", "num_layers": "36"} | H200
-    rows = [serial(1024, 128, 20.0, **of_4b), split(1024, 128, "52:80", 19.0, **of_4b)]
-    assert verdicts(rows)[0].chosen == "serial"
+    for batch, chosen in ((1024, "52:80"), (64, "serial")):
+        rows = [serial(batch, 128, 20.0, **of_4b), split(batch, 128, "52:80", 19.0, **of_4b)]
+        assert verdicts(rows)[0].chosen == chosen
 
 
 def test_the_command_prints_a_table(tmp_path, capsys):
@@ -78,17 +79,12 @@ def test_the_command_prints_a_table(tmp_path, capsys):
     assert verdicts(STEPS) == [], "rows that do not say how they were cut"
 
 
-# Ruled out by arithmetic; a run of the map had it win 1.035x, readings of seconds 1.02x
-KNOWN_LOSS = {("NVIDIA H200", "Qwen3-4B", 36, 512, 128): 0.036}
-
-
 def test_no_cell_that_was_measured_loses_more_than_was_aimed_for():
-    """Whichever run of a cell counts; but for one, which is known."""
+    """Whichever run of a cell counts."""
     rows = read_steps(RESULTS / "pipeline.csv")
     commits = {row["commit"] for row in rows}
     by_run = [verdicts(row for row in rows if row["commit"] == commit) for commit in commits]
     found = [*verdicts(rows), *(verdict for run in by_run for verdict in run)]
     assert len(found) > 300
     for one in found:
-        cell = (one.gpu, one.model, one.num_layers, one.batch, one.context)
-        assert one.lost <= KNOWN_LOSS.get(cell, TARGET), one
+        assert one.lost <= TARGET, one
