@@ -13,6 +13,7 @@ import torch
 
 from engine.micro_batches import cut, places
 from engine.pipeline import DecodePipeline
+from engine.pipeline_choice import MARGIN
 from engine.pipeline_stats import SERIAL
 from engine.stage_streams import StageStreams, in_a_line
 from engine.step_model import Split
@@ -33,11 +34,11 @@ class Reading:
 SHORT, LONG = Reading(60.0, 60.0), Reading(500.0, 1000.0)
 ROUNDS = 2  # short readings of each mode, in turn with the others'
 # Splits that by short readings are so near the fastest and lose by no more than that are read long:
-# short ones mostly flatter splits, by up to 3 %, and slight them at times, by up to 2.
-NEAR, LOSS = 0.02, 0.01
-# Gains of two processes lie up to 2 % apart by long readings: if the fastest split and the serial
-# step are so close, both are read a second time.
-CLOSE = 0.02
+# short ones mostly flatter splits, by up to 3 %, but slight one in ten by more than 2.
+NEAR, LOSS = 0.02, 0.02
+# Long readings of a gain scatter by that in one process: where the fastest split's is so near the
+# MARGIN by which it must win, both are read a second time.
+SCATTER = 0.01
 
 # batch, tokens that each request holds, mode, what launches the step, how -> ms of it
 TimeStep = Callable[[int, int, str, Callable[[], None], Reading], float]
@@ -119,10 +120,10 @@ class TrialSteps(DecodePipeline):
     def _read_long(
         self, batch: int, context: int, modes: Iterable[str], deadline: float
     ) -> dict[str, float]:
-        """Means of two readings where the fastest split is CLOSE to the serial step."""
+        """Means of two readings where the fastest split hardly wins, or hardly does not."""
         ms = self._read(batch, context, modes, LONG, deadline)
         best = min((t for mode, t in ms.items() if mode != SERIAL), default=math.inf)
-        if abs(ms[SERIAL] / best - 1) > CLOSE:
+        if abs(ms[SERIAL] / best - (1 + MARGIN)) > SCATTER:
             return ms
         again = self._read(batch, context, ms, LONG, deadline)
         return {mode: (ms[mode] + t) / 2 for mode, t in again.items()}

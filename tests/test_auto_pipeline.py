@@ -270,7 +270,8 @@ def test_what_time_does_not_suffice_for_is_serial_until_the_next_start(
 
 
 def test_what_may_win_is_read_long(decoder, tmp_path, monkeypatch):
-    """If near the fastest, and the serial step beside it; twice where the two are close."""
+    """If near the fastest, and the serial step beside it; twice where it is close whether one
+    wins."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (16,))
 
     def num_read(speedups, folder) -> dict[str, list[int]]:
@@ -283,19 +284,19 @@ def test_what_may_win_is_read_long(decoder, tmp_path, monkeypatch):
         )
         return {mode: [readings[mode, SHORT], readings[mode, LONG]] for mode, _ in readings}
 
-    one = num_read({"40:92": 0.989, "56:76": 0.9, "72:60": 0.991}, tmp_path / "1")
-    assert one == {"serial": [2, 2], "40:92": [2, 0], "56:76": [2, 0], "72:60": [2, 2]}
+    one = num_read({"40:92": 0.979, "56:76": 0.9, "72:60": 0.981}, tmp_path / "1")
+    assert one == {"serial": [2, 1], "40:92": [2, 0], "56:76": [2, 0], "72:60": [2, 1]}
     near_best = num_read({"40:92": 1.05, "56:76": 1.1, "72:60": 1.09}, tmp_path / "2")
     assert near_best == {"serial": [2, 1], "40:92": [2, 0], "56:76": [2, 1], "72:60": [2, 1]}
-    slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.989), tmp_path / "3")
+    slow = num_read(dict.fromkeys(("40:92", "56:76", "72:60"), 0.979), tmp_path / "3")
     assert slow == {mode: [2, 0] for mode in near_best}
-    for i, (gain, num_long) in enumerate([(1.015, 2), (1.025, 1)]):
+    for i, (gain, num_long) in enumerate([(0.995, 1), (1.005, 2), (1.015, 2), (1.025, 1)]):
         one = num_read({"40:92": 0.9, "56:76": 0.9, "72:60": gain}, tmp_path / f"close {i}")
         assert one["serial"] == one["72:60"] == [2, num_long]
 
 
-@pytest.mark.parametrize(("long_ms", "num_long"), [(10.1, 2), (10.3, 1)])
-def test_what_loses_by_far_is_not_read_again(decoder, tmp_path, monkeypatch, long_ms, num_long):
+@pytest.mark.parametrize(("long_ms", "num_long"), [(9.95, 2), (10.05, 1)])
+def test_what_loses_is_not_read_again(decoder, tmp_path, monkeypatch, long_ms, num_long):
     """However it fared in short readings."""
     monkeypatch.setattr("engine.pipeline_choice.CONTEXTS", (LONGEST,))
     machine = Machine(dict.fromkeys(("40:92", "56:76"), 0.9))
