@@ -7,9 +7,9 @@ from torch import Tensor
 from kernels.dependent_launch import launch_options, let_next_start, wait_for_previous
 from kernels.tile import cdiv, next_power_of_2, output, require_shape, require_unit_stride
 
-BLOCK_H = 16  # query heads of a program: enough programs where tokens are few
+BLOCK_H = 16  # query heads of a program that has no others: enough programs for few tokens
 MANY_TOKENS = 3072  # from here on a program has all of a token: its angles are loaded once
-MAX_HALVES = 4096  # elements of halves of query heads that a program has room for
+MAX_ELEMENTS = 12288  # of a token, beyond which no program has all: its registers would not do
 NUM_WARPS = 4
 
 
@@ -167,11 +167,12 @@ def rope_store(
     out = output(out, (num_tokens, num_heads, head_dim), qkv)
     if num_tokens == 0:
         return out
+    block_h, block_h_kv = next_power_of_2(num_heads), next_power_of_2(num_kv_heads)
     block_d = next_power_of_2(head_dim)
-    fits = min(next_power_of_2(num_heads), MAX_HALVES // (block_d // 2))
-    has_many = num_tokens >= MANY_TOKENS
-    block_h = fits if has_many else min(fits, BLOCK_H)
-    kv_apart = not has_many or block_h < num_heads
+    fits = (block_h + 2 * block_h_kv) * block_d <= MAX_ELEMENTS
+    kv_apart = num_tokens < MANY_TOKENS or not fits
+    if kv_apart:
+        block_h = min(block_h, BLOCK_H)
     grid = (num_tokens, cdiv(num_heads, block_h) + kv_apart)
     _rope_store_kernel[grid](
         qkv,
@@ -194,7 +195,7 @@ def rope_store(
         BLOCK_SIZE=block_size,
         QK_NORM=q_norm_weight is not None,
         BLOCK_H=block_h,
-        BLOCK_H_KV=next_power_of_2(num_kv_heads),
+        BLOCK_H_KV=block_h_kv,
         BLOCK_D=block_d,
         KV_APART=kv_apart,
         num_warps=NUM_WARPS,

@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels import dependent_launch, hopper, tall_matmul, tall_plan
+from kernels.rope_store import MANY_TOKENS
 from kernels.thin_matmul import launch_thin_matmul
 from kernels.tiles import read_tiles
 
@@ -109,9 +110,19 @@ def launch_rows(m: Model, T: int, dtype: torch.dtype) -> None:
         kernels.mlp(x, gate_up_weight, down_weight, 1e-6, out=x, num_sms=num_sms)
     kernels.linear(x, qkv_weight, new(len(qkv_weight)), rms_eps=1e-6)
     kernels.linear(x, lm_head)
-    for norms in ((), (new(m.head_dim), new(m.head_dim), 1e-6)):
+    launch_rope(m, T, dtype)
+
+
+def launch_rope(m: Model, T: int, dtype: torch.dtype) -> None:
+    """With and without norms of queries and keys."""
+    heads = m.num_heads + 2 * m.num_kv_heads
+    qkv, norm = (
+        torch.empty(T, heads * m.head_dim, dtype=dtype),
+        torch.empty(m.head_dim, dtype=dtype),
+    )
+    for norms in ((), (norm, norm, 1e-6)):
         kernels.rope_store(
-            new(T, heads * m.head_dim), ints(T, dtype=torch.int64), torch.empty(4096, m.head_dim),
+            qkv, ints(T, dtype=torch.int64), torch.empty(4096, m.head_dim),
             ints(T, dtype=torch.int64), kv_pool(m, dtype)[:, 1], *norms,
         )  # fmt: skip
 
@@ -144,6 +155,7 @@ def launch_decode(m: Model, B: int, dtype: torch.dtype) -> None:
 
 def launch_prefill(m: Model, T: int, dtype: torch.dtype) -> None:
     launch_rows(m, T, dtype)
+    launch_rope(m, MANY_TOKENS, dtype)
 
     def attend(max_query_len: int) -> None:
         kernels.prefill_attention(

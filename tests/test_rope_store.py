@@ -134,12 +134,12 @@ def test_rope_store_gives_the_same_bits_again(T, heads, head_dim, dtype, seed):
     "layout",
     [
         Layout(context_lens=(), num_kv_heads=3, group=3),
-        Layout(context_lens=(), num_kv_heads=8, group=8, head_dim=128),  # as many heads as fit
-        Layout(context_lens=(), num_kv_heads=2, group=80, head_dim=128),  # more than that
+        Layout(context_lens=(), num_kv_heads=8, group=8, head_dim=128),  # 64 query heads: all fit
+        Layout(context_lens=(), num_kv_heads=2, group=80, head_dim=128),  # 160: they do not
         Layout(context_lens=(), num_kv_heads=1, group=1, head_dim=96),
     ],
 )
-def test_where_tokens_are_many_a_program_has_all_of_a_token_that_fits(monkeypatch, layout):
+def test_where_tokens_are_many_a_program_has_all_of_a_token_if_it_fits(monkeypatch, layout):
     """The same bits as where they are few."""
     qkv, positions, cos_sin = rope_inputs(5, layout, torch.float16, 0)
     weights = randn(1, (layout.head_dim,), (layout.head_dim,), dtype=torch.float16)
