@@ -35,7 +35,7 @@ from models.decoder import Decoder, StageBuffers
 # that, steps of at most a half. Each bucket costs start-up time: no more than ten.
 TOKEN_BUCKETS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 
-# What an H100 computes while the host launches the seven kernels of a layer, some 0.35 ms. Where a
+# What an H100 computes while the host launches the eight kernels of a layer, some 0.35 ms. Where a
 # layer takes more, the host is no longer what is waited for, and padding would only cost.
 LAUNCH_FLOPS = 2e11
 

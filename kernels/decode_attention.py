@@ -198,6 +198,9 @@ def decode_attention(
         raise ValueError(f"workspace must be for {num_kv_heads} kv heads or more, got {counted}")
     if tile is None and is_pipeline:
         tile = choose_pipeline_tile(block_size, head_dim)
+    elif is_pipeline and (SPLIT_UNIT % tile.BLOCK_N or tile.BLOCK_N % block_size):
+        wanted = f"BLOCK_N that divides {SPLIT_UNIT}, in whole blocks of {block_size}"
+        raise ValueError(f"a tile of one warp must have a {wanted}, got {tile}")
     elif tile is None:
         tile = choose_tile(head_dim, kv_cache.dtype)
     launch = _launch_pipeline if is_pipeline else _launch_plain

@@ -1,9 +1,10 @@
 """Programmatic dependent launch: a kernel's programs start while the kernel before it still runs.
 
 On Hopper a launch may overlap the end of the one before it in the stream, or in a graph captured
-from it. A kernel launched so first lets its successor start, and then waits for its predecessor
-before it touches anything that a kernel may have written or may still read. What no kernel of this
-package writes, weights and the index tensors of a batch, may be read before the wait.
+from it. A kernel launched so lets its successor start, as a rule at once, and waits for its
+predecessor before it touches anything that a kernel may have written or may still read. What no
+kernel of this package writes, weights and the index tensors of a batch, may be read before the
+wait: whoever writes such a tensor on the device does so by a copy, or some launches earlier.
 """
 
 from functools import lru_cache

@@ -14,7 +14,14 @@ from kernels.norm import row_rstd
 from kernels.tall_matmul import MatmulWorkspace, launch_tall_matmul
 from kernels.tall_plan import TALL_BLOCK_M
 from kernels.thin_matmul import HEAD_WIDTH, launch_thin_matmul
-from kernels.tile import Tile, output, require_shape, require_unit_stride
+from kernels.tile import (
+    Tile,
+    next_power_of_2,
+    output,
+    require_shape,
+    require_unit_stride,
+    require_vector,
+)
 from kernels.tiles import matmul_shape, tuned_tile
 
 
@@ -54,8 +61,11 @@ def launch_matmul(
         is_tall = tall_matmul.has_form(tile, gated=gated)
     if rms_eps is None:
         rstd = None
+    elif rstd is None:
+        rstd = row_rstd(x, rms_eps)
     else:
-        rstd = row_rstd(x, rms_eps, out=None if rstd is None else rstd[:num_tokens])
+        require_vector("rstd", rstd, max(len(rstd), num_tokens))
+        rstd = row_rstd(x, rms_eps, out=rstd[:num_tokens])
     operands = (x, weight, bias, residual, rstd, out)
     if is_tall and tall_matmul.takes(x, weight, residual, out):
         options = {"tile": tile, "num_sms": num_sms, "workspace": workspace}
@@ -63,6 +73,8 @@ def launch_matmul(
         return
     if tile is None:
         tile = thin_matmul.choose_tile(num_tokens, N, x.dtype)
+    elif next_power_of_2(tile.BLOCK_N) != tile.BLOCK_N:
+        raise ValueError(f"tile must have a power of 2 of columns for these operands, got {tile}")
     launch_thin_matmul(*operands, gated=gated, tile=tile, num_sms=num_sms)
 
 

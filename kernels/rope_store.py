@@ -5,7 +5,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, let_next_start, wait_for_previous
-from kernels.tile import cdiv, next_power_of_2, output, require_shape, require_unit_stride
+from kernels.tile import (
+    cdiv,
+    next_power_of_2,
+    output,
+    require_shape,
+    require_unit_stride,
+    require_vector,
+)
 
 BLOCK_H = 16  # query heads of a program that has no others: enough programs for few tokens
 MANY_TOKENS = 3072  # from here on a program has all of a token: its angles are loaded once
@@ -88,7 +95,7 @@ def _rope_store_kernel(
             tl.store(v_stored_ptrs, v, mask=mask_v & is_stored)
     else:
         wait_for_previous(PDL)
-        # all is loaded before anything is stored: a program waits for memory once
+        # q, k and v are loaded before anything is stored: a program waits for them once
         q_a, q_b = _load_halves(q_ptrs, HALF, mask_q)
         k_a, k_b = _load_halves(k_ptrs, HALF, mask_k)
         v = tl.load(v_ptrs, mask=mask_v, other=0.0)
@@ -151,19 +158,19 @@ def rope_store(
     if width % head_dim or num_heads < 1:
         wanted = f"(H + 2 * {num_kv_heads}) * {head_dim}"
         raise ValueError(f"qkv must be [T, {wanted}], got {list(qkv.shape)}")
-    require_shape("positions", positions, num_tokens)
-    require_shape("slot_mapping", slot_mapping, num_tokens)
+    slots = kv_cache.shape[0], 2, block_size
+    require_shape("kv_cache", kv_cache, *slots, num_kv_heads, head_dim)
+    require_vector("positions", positions, num_tokens)
+    require_vector("slot_mapping", slot_mapping, num_tokens)
     require_shape("cos_sin", cos_sin, cos_sin.shape[0], head_dim)
-    if (q_norm_weight is None) != (k_norm_weight is None):
-        raise ValueError("q_norm_weight and k_norm_weight must be given both or neither")
-    for name, tensor in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
-        if tensor is not None:
-            require_shape(name, tensor, head_dim)
-            require_unit_stride(name, tensor)
-    require_unit_stride("positions", positions)
-    require_unit_stride("slot_mapping", slot_mapping)
-    require_unit_stride("qkv", qkv)
-    require_unit_stride("kv_cache", kv_cache)
+    norms = {"q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight}
+    given = {name: weight for name, weight in norms.items() if weight is not None}
+    if len(given) == 1:
+        raise ValueError(f"{' and '.join(norms)} must be given both or neither, got {min(given)}")
+    for name, weight in given.items():
+        require_vector(name, weight, head_dim)
+    for name, tensor in (("qkv", qkv), ("cos_sin", cos_sin), ("kv_cache", kv_cache)):
+        require_unit_stride(name, tensor)
     out = output(out, (num_tokens, num_heads, head_dim), qkv)
     if num_tokens == 0:
         return out

@@ -217,7 +217,7 @@ def _draw_kernel(
     # greedy: the first of the largest, with a weight for them alone and a share of zero
     masses = ((tops == top) & (offs_p < NUM_PIECES)).to(tl.float32)
     share = tl.zeros([], tl.float64)
-    if is_greedy == 0:
+    if (is_greedy == 0) & (top > -INF):  # of a row of -inf alone the first token is left
         share = uniform(tl.load(seeds_ptr + b), tl.load(steps_ptr + b))
     if by_mass:
         masses = _mass_of_pieces(tops, top, mass_ptr + b * NUM_PIECES, scale, NUM_PIECES, BLOCK_P)

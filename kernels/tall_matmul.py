@@ -47,11 +47,11 @@ def matmul_workspace(device: torch.device | str) -> MatmulWorkspace | None:
 
 
 def takes(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor) -> bool:
-    """Whether `launch_tall_matmul` can: Hopper, a 16-bit dtype, rows that TMA can address."""
+    """Whether `launch_tall_matmul` can: Hopper, one 16-bit dtype, rows that TMA can address."""
     if x.dtype not in hopper.GL_DTYPES or not hopper.has_wgmma(x.device):
         return False
     matrices = [x, weight, out] if residual is None else [x, weight, out, residual]
-    return all(hopper.is_aligned(matrix) for matrix in matrices)
+    return all(m.dtype == x.dtype and hopper.is_aligned(m) for m in matrices)
 
 
 def launch_tall_matmul(

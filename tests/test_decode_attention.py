@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels import decode_deal, reference
+from kernels import decode_deal, hopper, reference
 from kernels.decode_attention import decode_workspace
 from kernels.hopper import has_wgmma
 from kernels.tile import Tile
@@ -296,6 +296,18 @@ def test_decode_attention_at_model_shapes(
         assert_attended(attend(batch), expect(batch))
     last = batch_size - 1
     assert_same_bits(attend(alone(batch, last)), actual[last:])
+
+
+@pytest.mark.parametrize("num_tokens", [8, 48, 128])
+def test_a_step_that_splits_do_not_divide_into_is_refused(monkeypatch, num_tokens):
+    """Nor do halves of blocks: the pipeline would pass on sums that are of two splits."""
+    monkeypatch.setattr(hopper, "has_wgmma", lambda device: True)
+    batch = Layout(context_lens=(100,), head_dim=64).build(torch.float16, 0)
+    assert decode_attention.takes(batch.q, batch.kv_cache)
+    tile = Tile(BLOCK_M=16, BLOCK_N=num_tokens, BLOCK_K=0, num_warps=1, num_stages=2)
+    wanted = f"BLOCK_N that divides 64, in whole blocks of 16, got .*BLOCK_N={num_tokens}"
+    with pytest.raises(ValueError, match=wanted):
+        attend(batch, tile=tile)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import reference
+from kernels import Tile, reference
 from tests.strategies import DEVICE, ints
 
 OPS = [
@@ -120,11 +120,14 @@ def decode(
     )
 
 
-def rope(qkv: tuple = (3, 256), positions: int = 3, slots: int = 3, cos_sin: int = 32, **options):
+def rope(
+    qkv: tuple = (3, 256), positions: int = 3, slots: int = 3, cos_sin: int = 32, kv: tuple = KV,
+    angles_of: Tensor | None = None, **options,
+) -> Tensor:  # fmt: skip
+    angles = zeros(8, cos_sin) if angles_of is None else angles_of
     return kernels.rope_store(
-        zeros(*qkv), zeros(positions).long(), zeros(8, cos_sin), zeros(slots).long(), zeros(*KV),
-        **options,
-    )  # fmt: skip
+        zeros(*qkv), zeros(positions).long(), angles, zeros(slots).long(), zeros(*kv), **options
+    )
 
 
 def sample(**replaced: Tensor) -> Tensor:
@@ -214,7 +217,24 @@ MISTAKES = {
     "rope positions": (lambda: rope(positions=2), "positions must be [3], got [2]"),
     "rope slots": (lambda: rope(slots=4), "slot_mapping must be [3], got [4]"),
     "rope cos_sin": (lambda: rope(cos_sin=16), "cos_sin must be [8, 32], got [8, 16]"),
-    "rope one norm": (lambda: rope(q_norm_weight=zeros(32)), "k_norm_weight"),
+    "rope one norm": (lambda: rope(q_norm_weight=zeros(32)), "or neither, got q_norm_weight"),
+    "rope pair": (lambda: rope(kv=(4, 1, 16, 2, 32)), "kv_cache must be [4, 2, 16, 2, 32], got"),
+    "rope strided cos_sin": (
+        lambda: rope(angles_of=zeros(32, 8).T),
+        "cos_sin must be contiguous in its last dim, got stride (1, 8)",
+    ),
+    "row_rstd strided out": (
+        lambda: kernels.row_rstd(x(), 0.0, out=zeros(6)[::2]),
+        "out must be contiguous in its last dim, got stride (2,)",
+    ),
+    "linear rstd": (
+        lambda: kernels.linear(x(), zeros(4, 8), rms_eps=1e-6, rstd=zeros(2)),
+        "rstd must be [3], got [2]",
+    ),
+    "linear tile": (
+        lambda: kernels.linear(x(), zeros(4, 8), tile=Tile(BLOCK_M=64, BLOCK_N=96, BLOCK_K=64)),
+        "a power of 2 of columns for these operands, got Tile(BLOCK_M=64, BLOCK_N=96",
+    ),
     "rope out": (lambda: rope(out=zeros(3, 4, 16)), "out must be [3, 4, 32], got [3, 4, 16]"),
     "prefill heads": (lambda: prefill(q=(5, 3, 32)), "q must have a multiple of 2 heads, got 3"),
     "prefill D": (lambda: prefill(q=(5, 4, 16)), "kv_cache must be [4, 2, 16, 2, 16], got"),

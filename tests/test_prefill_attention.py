@@ -137,15 +137,16 @@ def test_large_scores_neither_overflow_nor_vanish():
 
 def test_blocks_beyond_int32_offsets(tmp_path):
     pool = sparse_pool(tmp_path, 2**16 + 2, 2, 2, 32, 2, 128, dtype=torch.float16)
-    q, kv = randn(0, (20, 4, 128), (2, 32, 2, 128), dtype=torch.float16)
-    pool[-1, 1] = kv
+    """Queries enough that Hopper has them in its pipeline."""
+    q, kv = randn(0, (64, 4, 128), (2, 2, 32, 2, 128), dtype=torch.float16)
+    pool[-2:, 1] = kv
     batch = PagedBatch(
         q=q,
         pool=pool,
         kv_cache=pool[:, 1],
-        block_table=ints([[len(pool) - 1]]),
-        cu_seqlens=ints([0, 20]),
-        context_lens=ints([20]),
+        block_table=ints([[len(pool) - 1, len(pool) - 2]]),
+        cu_seqlens=ints([0, 64]),
+        context_lens=ints([64]),
     )
     assert_attended(attend(batch), expect(batch))
 

@@ -130,17 +130,37 @@ def test_rope_store_gives_the_same_bits_again(T, heads, head_dim, dtype, seed):
         assert_same_bits(again, first)
 
 
+class Watched:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.launches: list[tuple[tuple[int, ...], bool]] = []  # grid, keys and values apart
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append((grid, options["KV_APART"]))
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "num_parts", "fits"),  # parts: programs of a token where tokens are few
     [
-        Layout(context_lens=(), num_kv_heads=3, group=3),
-        Layout(context_lens=(), num_kv_heads=8, group=8, head_dim=128),  # 64 query heads: all fit
-        Layout(context_lens=(), num_kv_heads=2, group=80, head_dim=128),  # 160: they do not
-        Layout(context_lens=(), num_kv_heads=1, group=1, head_dim=96),
+        (Layout(context_lens=(), num_kv_heads=3, group=3), 2, True),
+        (Layout(context_lens=(), num_kv_heads=8, group=8, head_dim=128), 5, True),
+        (Layout(context_lens=(), num_kv_heads=2, group=80, head_dim=128), 11, False),
+        (Layout(context_lens=(), num_kv_heads=1, group=1, head_dim=96), 2, True),
     ],
 )
-def test_where_tokens_are_many_a_program_has_all_of_a_token_if_it_fits(monkeypatch, layout):
+def test_where_tokens_are_many_a_program_has_all_of_a_token_if_it_fits(
+    monkeypatch, layout, num_parts, fits
+):
     """The same bits as where they are few."""
+    module = sys.modules["kernels.rope_store"]
+    watched = Watched(module._rope_store_kernel)
+    monkeypatch.setattr(module, "_rope_store_kernel", watched)
     qkv, positions, cos_sin = rope_inputs(5, layout, torch.float16, 0)
     weights = randn(1, (layout.head_dim,), (layout.head_dim,), dtype=torch.float16)
     slots = scattered_slots([True, True, False, True, True], 32, 0)
@@ -152,9 +172,11 @@ def test_where_tokens_are_many_a_program_has_all_of_a_token_if_it_fits(monkeypat
         return out, kv_cache
 
     few = launched()
-    monkeypatch.setattr(sys.modules["kernels.rope_store"], "MANY_TOKENS", 1)
+    monkeypatch.setattr(module, "MANY_TOKENS", 5)
     for ours, wanted in zip(launched(), few, strict=True):
         assert_same_bits(ours, wanted)
+    apart = ((5, num_parts), True)
+    assert watched.launches == [apart, ((5, 1), False) if fits else apart]
 
 
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])

@@ -283,6 +283,16 @@ def test_rows_that_are_no_numbers_still_name_a_token(batch, V, dtype):
     assert 0 <= tokens[0] < V and 0 <= tokens[1] < V and tokens[2] == V // 2
 
 
+@pytest.mark.parametrize("nothing", [-INF, float("nan")])
+def test_a_row_of_nothing_gives_the_first_token(small_pieces, nothing):
+    """Whatever limits it, and in however many pieces."""
+    kinds_of_row = [Row(0.0), Row(0.7), Row(top_k=50), Row(top_p=0.6), Row(0.7, min_p=0.1)]
+    batch = [replace(row, seed=n) for n in range(4) for row in kinds_of_row]
+    logits, params = torch.full((len(batch), 300), nothing, device=DEVICE), tensors(batch)
+    for implementation in (kernels.sample, reference.sample):
+        assert implementation(logits, *params).tolist() == [0] * len(batch)
+
+
 def test_a_forbidden_token_is_never_drawn():
     """-inf stays out however hot the row, and a row of -inf alone still names a token."""
     num_each = 25 * DRAWS
