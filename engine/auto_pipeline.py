@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from engine.calibration_file import CalibrationFile
+from engine.calibration_file import CalibrationFile, joined
 from engine.pipeline import Key
 from engine.pipeline_choice import (
     Choice,
@@ -26,12 +26,13 @@ from engine.trial_steps import Reading, TimeIsUp, TrialSteps, name_of
 CALIBRATION_SECONDS = 25.0  # after which no reading is begun, and nothing captured to be read
 TIME_WAS_UP = "the calibration's time was up; the next start goes on"
 NOT_TIMED = f"serial: {TIME_WAS_UP}"
+NOT_HELD = "serial: the KV cache does not hold so many requests"
 NOT_WORTH_IT = "serial: by arithmetic no split wins enough to be worth a reading"
 
 
 class AutoPipeline(TrialSteps):
     """`choices` says by the rows of a serial step, and by what its requests hold, which split it
-    runs on. Until `warm_up` has found them every step is serial."""
+    runs on; `modes` has no say. Until `warm_up` has found them every step is serial."""
 
     def __init__(
         self,
@@ -149,17 +150,17 @@ class AutoPipeline(TrialSteps):
         return not_read(readings, to_read(readings, self._could_win[batch]))
 
     def _add(self, batch: int, context: int, ms: Mapping[str, float]) -> None:
-        """Note new times. Where serial is known already, in proportion to it: clocks differ from
-        start to start."""
-        known = self._readings.setdefault(batch, {}).setdefault(context, {})
-        scale = known.get(SERIAL, ms[SERIAL]) / ms[SERIAL]
-        known |= {mode: t * scale for mode, t in ms.items() if mode not in known}
+        """Note new times beside those that are known."""
+        read = self._readings.setdefault(batch, {})
+        read[context] = joined(read.get(context, {}), ms)
 
     def _choose_all(self) -> None:
         """Fill in the choices, and the reason of each."""
         for batch in self.buckets:
             if batch < self._min_requests:
                 reason = f"serial: fewer than {self._min_requests} requests"
+            elif not self._could_win[batch]:
+                reason = NOT_HELD
             elif not any(self._could_win[batch].values()):
                 reason = NOT_WORTH_IT
             else:

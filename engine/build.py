@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from engine.pipeline import DecodePipeline
 from engine.pipeline_needs import max_connections
 from engine.stage_schedule import Placement
 from engine.stage_streams import GpuStreams, InOrder, StageStreams, in_a_line
-from green.driver import GreenContextError, load_driver
+from green.driver import load_driver
 from green.partition import legal_splits
 from models.config import ModelConfig
 from models.decoder import Decoder, StageBuffers
@@ -186,8 +186,10 @@ def _auto_pipeline(config: EngineConfig, options: dict[str, Any]) -> DecodePipel
                 make_streams=partial(GpuStreams.partitioned, device=device),
                 file=CalibrationFile(cache_folder() / "decode_pipeline", _setting(config, options)),
             )
-        except GreenContextError as error:
-            why_none = str(error)
+        except (
+            Exception
+        ) as error:  # of the driver, torch or what versions tell: serial works anyway
+            why_none = in_a_line(error)
     worker = DecodePipeline(**options, streams=[])
     worker.statistics.why_none = why_none
     return worker
@@ -207,17 +209,20 @@ def _why_not_auto(config: EngineConfig, options: dict[str, Any]) -> str | None:
 
 
 def _setting(config: EngineConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """All that times of a decode step depend on."""
+    """What times of a decode step depend on, as far as the engine is told: of a GPU whose power
+    limit has changed it is not."""
     device, decoder = options["device"], options["decoder"]
     shape = asdict(decoder.config)
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": load_driver().call("cuDriverGetVersion"),
+        "cuda": load_driver().call("cuDriverGetVersion"),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": import_module("triton").__version__,
         "sources": digest_of_sources(),
         "model": {name: value for name, value in shape.items() if isinstance(value, int)},
         "dtype": str(decoder.weights.embedding.dtype),
+        "load_format": config.load_format,  # values too: what they are changes what a step takes
+        "max_num_seqs": options["max_num_seqs"],  # which rows a micro-batch of a batch has
         "block_size": config.block_size,
         "max_model_len": options["max_model_len"],
         "num_micro_batches": config.decode_micro_batches,

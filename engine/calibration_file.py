@@ -1,7 +1,7 @@
 """Times that a calibration found, kept between runs: one JSON file for each setting.
 
-A setting is all that the times depend on: GPU, model shape, dtype, versions, options, sources. What
-is damaged, or is of another setting, counts as not there.
+A setting is what the times depend on: GPU, model shape, dtype, versions, options, sources. What is
+damaged, or is of another setting, counts as not there.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("kernels/*.py", "kernels/*.json", "models/decoder.py", "green/*.py")
 SOURCES += ("engine/decode.py", "engine/graphs.py", "engine/kv_cache.py", "engine/micro_batches.py")
 SOURCES += ("engine/pipeline.py", "engine/stage_*.py", "engine/auto_pipeline.py")
-SOURCES += ("engine/trial_steps.py", "engine/step_model.py", "engine/device_rates.py")
+SOURCES += ("engine/trial_steps.py", "engine/pipeline_choice.py")
+SOURCES += ("engine/step_model.py", "engine/device_rates.py")
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,10 @@ class CalibrationFile:
         """What is kept; nothing, and a line of log, where that cannot be used."""
         try:
             content = json.loads(self.path.read_text())
-            if content["setting"] != self.setting:
-                raise ValueError("it is of another setting")
+            if (other := content["setting"]) != self.setting:
+                names = sorted({*other, *self.setting})
+                differ = [name for name in names if other.get(name) != self.setting.get(name)]
+                raise ValueError(f"it must be of this setting, got another {', '.join(differ)}")
             return {int(batch): _checked(read) for batch, read in content["readings"].items()}
         except FileNotFoundError:
             return {}
@@ -57,17 +61,32 @@ class CalibrationFile:
             return {}
 
     def write(self, readings: Mapping[int, Readings]) -> None:
-        """Replace what is kept, in one move. Where that fails, a line of log: the next run times
-        anew."""
-        content = {"setting": self.setting, "readings": readings}
+        """Replace what is kept, in one move, but for what another engine has kept beside it
+        meanwhile. Where that fails, a line of log: the next run times anew."""
+        merged = {batch: dict(read) for batch, read in readings.items()}
+        for batch, read in self.read().items():
+            for context, ms in read.items():
+                ours = merged.setdefault(batch, {})
+                ours[context] = joined(ours.get(context, {}), ms)
+        content = {"setting": self.setting, "readings": merged}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             options = {"dir": self.path.parent, "suffix": ".partial", "delete": False}
-            with NamedTemporaryFile("w", **options) as file:
+            with ExitStack() as on_error, NamedTemporaryFile("w", **options) as file:
+                on_error.callback(Path(file.name).unlink, missing_ok=True)
                 json.dump(content, file, indent=1)
-            os.replace(file.name, self.path)
+                file.flush()
+                os.replace(file.name, self.path)
+                on_error.pop_all()
         except OSError as error:
             logger.warning("%s is not written: %s", self.path, error)
+
+
+def joined(known: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
+    """Known times, and new ones of other modes. Where serial is known, in proportion to it: clocks
+    differ from start to start."""
+    scale = known.get(SERIAL, new.get(SERIAL, 1.0)) / new.get(SERIAL, 1.0)
+    return {**{mode: t * scale for mode, t in new.items()}, **known}
 
 
 def _checked(readings: Any) -> dict[int, dict[str, float]]:

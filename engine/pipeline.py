@@ -88,7 +88,9 @@ class DecodePipeline(DecodeWorker):
             self.statistics.granted_sms = first.granted
         self._is_timed = is_timed and device.type == "cuda"
         self._timed: dict[Key, TimedStreams] = {}  # of the newest run or capture of each
-        self._unread: set[Key] = set()  # steps whose times nobody has read
+        # steps whose times nobody has read, and what says that each is over: events that a graph
+        # records may still tell of its replay before
+        self._unread: dict[Key, torch.cuda.Event] = {}
         self._serial_spans: deque[Span] = deque()  # the same of serial steps, the oldest first
         self._turn = 0
 
@@ -115,6 +117,8 @@ class DecodePipeline(DecodeWorker):
     def close(self) -> None:
         """Drop the graphs, then give the partitions back: all, whichever of them fails."""
         super().close()
+        self._unread.clear()
+        self._timed.clear()  # events must be gone before the streams that they were recorded on
         close_all(self.streams.values())
 
     def get_pipeline_statistics(self) -> dict[str, object]:
@@ -199,11 +203,13 @@ class DecodePipeline(DecodeWorker):
         is_first = self.graphs.is_capturing and key not in self.graphs.captured
         self.graphs.run(key, self._pipelined_step)
         if not is_first:  # what was captured just now has recorded no event yet
-            self._unread.add(key)
+            self._unread[key] = torch.cuda.Event(enable_timing=True)
+            self._unread[key].record(torch.cuda.current_stream(self.device))
 
     def _read_times(self, key: Key) -> None:
-        if key in self._unread and (times := self._timed[key].read()):
-            self._unread.remove(key)
+        is_over = key in self._unread and self._unread[key].query()
+        if is_over and (times := self._timed[key].read()):
+            del self._unread[key]
             self.statistics.step_timed(key[0], times)
 
     def _pipelined_step(self, key: Key) -> None:

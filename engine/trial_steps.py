@@ -37,7 +37,7 @@ ROUNDS = 2  # short readings of each mode, in turn with the others'
 # short ones mostly flatter splits, by up to 3 %, but slight one in ten by more than 2.
 NEAR, LOSS = 0.02, 0.02
 # Long readings of a gain scatter by that in one process: where the fastest split's is so near the
-# MARGIN by which it must win, both are read a second time.
+# MARGIN by which it must win, all that was read long is so a second time.
 SCATTER = 0.01
 
 # batch, tokens that each request holds, mode, what launches the step, how -> ms of it
@@ -204,7 +204,11 @@ class TrialSteps(DecodePipeline):
     def _requests_of(self, batch: int, context: int) -> Iterator[None]:
         """Tokens and block tables as if there were requests, over scattered blocks that have
         values. Nobody has a row yet."""
-        assert not len(self.rows), "trials must come before the first request"
+        num_steps = self.statistics.num_steps.total()
+        assert not (len(self.rows) or num_steps), (
+            "trials must come before the first request, "
+            f"got {len(self.rows)} of them and {num_steps} steps"
+        )
         self._fill_cache()
         num_blocks = -(-context // self.kv_cache.block_size)
         generator = torch.Generator().manual_seed(0)

@@ -84,11 +84,12 @@ def test_what_an_h100_gets(h100, tmp_path):
 
 
 def test_times_are_of_a_setting(h100):
-    found = [made(**config).options["file"].setting for config in ({}, {"block_size": 32})]
-    assert found[0] == made().options["file"].setting != found[1]
+    changes = ({}, {"block_size": 32}, {"max_num_seqs": 928}, {"load_format": "dummy"})
+    found = [made(**config).options["file"].setting for config in changes]
+    assert found[0] == made().options["file"].setting and found.count(found[0]) == 1
     assert found[0]["gpu"] == "NVIDIA H100 80GB HBM3" and found[0]["model"]["num_layers"] == 36
     assert found[0]["dtype"] == "torch.bfloat16" and found[0]["max_model_len"] == 4096
-    assert {"driver", "torch", "triton", "sources"} < found[0].keys()
+    assert {"cuda", "torch", "triton", "sources"} < found[0].keys()
 
 
 def test_without_the_constants_of_its_package_decode_is_serial_and_says_why(h100, monkeypatch):
@@ -96,6 +97,16 @@ def test_without_the_constants_of_its_package_decode_is_serial_and_says_why(h100
     worker = made()
     assert worker.options["streams"] == []
     assert "CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE" in worker.statistics.why_none
+
+
+def test_whatever_else_fails_decode_is_serial_and_says_why(h100, monkeypatch):
+    def digest_of_sources():
+        raise PermissionError("not to be read\nby you")
+
+    monkeypatch.setattr(build, "digest_of_sources", digest_of_sources)
+    worker = made()
+    assert worker.options["streams"] == []
+    assert worker.statistics.why_none == "PermissionError: not to be read"
 
 
 def test_the_environment_of_cuda_is_shown(h100, monkeypatch):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from engine.auto_pipeline import (
     CALIBRATION_SECONDS,
+    NOT_HELD,
     NOT_TIMED,
     NOT_WORTH_IT,
     TIME_WAS_UP,
@@ -420,6 +421,68 @@ def test_reading_again_is_over_values_and_leaves_the_choices(decoder, tmp_path):
     assert not pipeline.block_table.any()
 
 
+def test_nothing_is_read_again_once_there_were_requests(decoder, tmp_path):
+    """Trials write over the pool, which may hold what later requests share."""
+    pipeline = warmed_up(auto_of(decoder, Machine(), tmp_path))
+    context = min(pipeline.readings[12])
+    steps = Steps(pipeline, [3, 9, 31], 0)
+    with pytest.raises(AssertionError, match="got 3 of them and 0 steps"):
+        pipeline.read_again(12, context, LONG)
+    steps.step()
+    for request in steps.requests:
+        pipeline.rows.release(request)
+    with pytest.raises(AssertionError, match="got 0 of them and 1 steps"):
+        pipeline.read_again(12, context, LONG)
+
+
+class Capturing:
+    """In place of StepGraphs: what would be captured, and that no step is run on less."""
+
+    is_capturing = False
+
+    def __init__(self) -> None:
+        self.captured: dict = {}
+
+    def run(self, key, step) -> None:
+        step(key)
+        self.captured[key] = None
+
+    def take_new_pool(self) -> None:
+        pass
+
+    def names(self) -> set[str]:
+        """Of the splits."""
+        return {key[0] for key in self.captured if not isinstance(key, int)}
+
+
+@pytest.mark.parametrize("broken", [{}, {"40:92": 40}])
+def test_graphs_that_no_step_comes_to_are_given_back_before_their_partition(
+    decoder, tmp_path, monkeypatch, broken
+):
+    """Of splits that lost, of one that broke, and of the winner where it does not win."""
+    machine = Machine({"40:92": 1.2, "56:76": 1.1}, broken=broken)
+    pipeline = auto_of(decoder, machine, tmp_path)
+    pipeline.graphs = Capturing()
+
+    def step_ms(batch, context, mode, run, reading) -> float:
+        ms = machine.step_ms(batch, context, mode, run, reading)
+        return ms if batch == MAX_NUM_SEQS or mode == "serial" else 2 * ms
+
+    pipeline._time_step = step_ms
+    seen, close = set(), Split.close
+
+    def closed(split: Split) -> None:
+        assert split.name not in pipeline.graphs.names()
+        seen.add(split.name)
+        close(split)
+
+    monkeypatch.setattr(Split, "close", closed)
+    pipeline.warm_up()
+    best = "56:76" if broken else "40:92"
+    assert pipeline.graphs.names() == {best} and seen == {*machine.made} - {best}
+    assert pipeline.graphs.captured.keys() == set(pipeline._all_keys())
+
+
 def assert_finite(pipeline: AutoPipeline) -> None:
     assert pipeline.buffers.logits[:4].isfinite().all()
     assert pipeline.block_table[:4].any(dim=1).all(), "of requests"
@@ -524,6 +587,14 @@ def test_what_arithmetic_rules_out_costs_nothing(decoder, tmp_path):
     assert pipeline.statistics.why_none == "auto: serial is faster for every batch"
     text = pipeline.statistics.as_text()
     assert f"auto, 4-12 requests: {NOT_WORTH_IT}" in text
+
+
+def test_a_pool_that_does_not_hold_the_batch_is_the_reason(decoder, tmp_path):
+    pool = random_cache(decoder, 5 * 4, 4, 0)
+    pipeline = auto_of(decoder, Machine(), tmp_path, kv_cache=pool)
+    pipeline.warm_up()
+    assert pipeline.statistics.choices[12] == NOT_HELD
+    assert pipeline.statistics.choices[4] not in (NOT_HELD, NOT_WORTH_IT)
 
 
 def test_a_split_that_cannot_be_had_is_timed_once_it_can(decoder, tmp_path):

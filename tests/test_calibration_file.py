@@ -27,6 +27,38 @@ def test_what_is_written_comes_back(tmp_path_factory, found):
     assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
 
 
+def test_what_another_engine_has_kept_meanwhile_stays(tmp_path):
+    """Beside ours, in proportion to the serial step: it may have had other clocks."""
+    file = CalibrationFile(tmp_path, SETTING)
+    file.write({512: {128: {"serial": 2.0, "48:84": 1.5}}, 256: {64: {"serial": 1.0}}})
+    file.write({512: {128: {"serial": 4.0, "40:92": 3.0}, 256: {"serial": 5.0}}})
+    assert file.read() == {
+        512: {128: {"serial": 4.0, "40:92": 3.0, "48:84": 3.0}, 256: {"serial": 5.0}},
+        256: {64: {"serial": 1.0}},
+    }
+
+
+def test_a_write_that_fails_leaves_what_there_was(tmp_path, monkeypatch, caplog):
+    def dump(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    file = CalibrationFile(tmp_path, SETTING)
+    file.write(READINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", dump)
+        file.write({})
+    assert "No space left on device" in caplog.text
+    assert file.read() == READINGS and list(tmp_path.iterdir()) == [file.path]
+
+
+def test_a_file_of_another_setting_says_which(tmp_path, caplog):
+    file = CalibrationFile(tmp_path, SETTING)
+    other = {"gpu": "NVIDIA H100", "max_model_len": 4096, "model": SETTING["model"], "more": 1}
+    file.path.write_text(json.dumps({"setting": other, "readings": {}}))
+    assert file.read() == {}
+    assert caplog.messages[0].endswith("it must be of this setting, got another gpu, more")
+
+
 def test_another_setting_is_another_file(tmp_path):
     CalibrationFile(tmp_path, SETTING).write(READINGS)
     for changed in ({"gpu": "NVIDIA H100"}, {"model": {"num_layers": 28}}, {"driver": 13000}):
@@ -83,6 +115,7 @@ def test_the_digest_is_of_the_sources(tmp_path):
         (tmp_path / name).mkdir()
     names = ["kernels/a.py", "kernels/tiles.json", "engine/stage_a.py", "green/streams.py"]
     names += [f"engine/{name}.py" for name in ("decode", "graphs", "pipeline", "trial_steps")]
+    names += ["engine/pipeline_choice.py"]
     names += [f"engine/{name}.py" for name in ("step_model", "device_rates", "auto_pipeline")]
     found = {digest_of_sources(tmp_path)}
     for name in names:

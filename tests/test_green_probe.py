@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from green.probe import record_launch, recorded_sms, recorded_span
+from green import probe
+from green.probe import OVERLAP_TRIES, are_concurrent, record_launch, recorded_sms, recorded_span
 
 COMPILE = """
 import triton
@@ -26,6 +29,32 @@ def test_what_records_say():
     records[1] = -1
     with pytest.raises(ValueError, match="every program must have run, got 1 without"):
         recorded_sms(records)
+
+
+@pytest.mark.parametrize("num_late", range(OVERLAP_TRIES + 1))
+def test_a_host_that_was_held_up_is_no_shared_queue(monkeypatch, num_late):
+    """Of two streams, the second starts when the first has ended: once may be the host's fault."""
+    rounds: list[list[int]] = []
+
+    def record(records, hold_ns) -> None:
+        if len(rounds[-1]) == 2 if rounds else True:
+            rounds.append([])
+        rounds[-1].append(hold_ns)
+
+    def span(records) -> tuple[int, int]:
+        is_first, is_late = records == 0, len(rounds) - 1 <= num_late
+        return (0, 100) if is_first else (100, 200) if is_late else (50, 150)
+
+    numbers = iter(range(2))
+    monkeypatch.setattr(probe, "launch_records", lambda device: next(numbers))
+    monkeypatch.setattr(probe, "record_launch", record)
+    monkeypatch.setattr(probe, "recorded_span", span)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    streams = [SimpleNamespace(device=torch.device("cuda"))] * 2
+    assert are_concurrent(streams) == (num_late < OVERLAP_TRIES)
+    num_rounds = 1 + min(num_late + 1, OVERLAP_TRIES)
+    assert rounds == [[0, 0]] + [[probe.OVERLAP_NS] * 2] * (num_rounds - 1)
 
 
 @pytest.mark.parametrize("shape, dtype", [((4, 2), torch.int64), ((4, 3), torch.int32)])

@@ -1,6 +1,7 @@
 """Events around launches: which step they tell of, and that no replay is read half done."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,37 @@ def test_a_step_is_read_before_its_events_are_recorded_anew(events, tmp_path):
     assert stats["num_timed_steps"] == 3
     assert stats["step_ms"] == 2 * len(pipeline.schedule) - 1
     assert stats["busy_ms"] == {"attention": 2.0, "ffn": 2.0}
+
+
+def test_a_step_under_way_is_not_read_by_the_events_of_its_replay_before(tmp_path):
+    """Which a graph has recorded, and not yet anew."""
+    pipeline = timed_pipeline(tmp_path, InOrder())
+    steps = Steps(pipeline, [3, 5, 9], 0)
+    with torch.inference_mode():
+        steps.step()
+        (key,) = pipeline._unread
+        pipeline._unread[key] = SimpleNamespace(query=lambda: False)
+        assert pipeline.get_pipeline_statistics()["num_timed_steps"] == 0
+        pipeline._unread[key] = SimpleNamespace(query=lambda: True)
+        assert pipeline.get_pipeline_statistics()["num_timed_steps"] == 1
+
+
+def test_events_are_gone_before_their_streams(tmp_path):
+    class Closing(InOrder):
+        """Looks for them."""
+
+        num_events = -1
+
+        def close(self) -> None:
+            self.num_events = len(pipeline._timed) + len(pipeline._unread)
+
+    streams = Closing()
+    pipeline = timed_pipeline(tmp_path, streams)
+    with torch.inference_mode():
+        Steps(pipeline, [3, 5, 9], 0).step()
+    assert pipeline._timed and pipeline._unread
+    pipeline.close()
+    assert streams.num_events == 0
 
 
 class OnADevice:
