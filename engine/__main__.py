@@ -37,13 +37,19 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--load-format", choices=["auto", "dummy"])
     engine.add_argument("--max-model-len", type=int, metavar="N")
     engine.add_argument("--num-kv-blocks", type=int, metavar="N")
+    engine.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="N",
+        help=f"requests at a time, which prompts are with --json; without this: {CLI_MAX_NUM_SEQS}",
+    )
     engine.add_argument("--gpu-memory-utilization", type=float, metavar="F")
     engine.add_argument("--enforce-eager", action="store_true", default=None)
     engine.add_argument(
         "--decode-pipeline",
         choices=["auto", "static", "disabled"],
-        help="attention and FFN of decode on SMs of their own; auto: where that is faster; static: "
-        "in steps of two requests or more, as --json has them",
+        help="attention and FFN of decode on SMs of their own; auto: where that is faster, in steps of "
+        "some 400 requests and more; static: of two or more, as --json has them",
     )
     engine.add_argument("--decode-attention-sm", type=int, metavar="N", help="SMs for attention")
     engine.add_argument("--decode-ffn-sm", type=int, metavar="N", help="SMs for FFN")
@@ -77,6 +83,7 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "load_format",
         "max_model_len",
         "num_kv_blocks",
+        "max_num_seqs",
         "gpu_memory_utilization",
         "enforce_eager",
         "decode_pipeline",

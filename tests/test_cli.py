@@ -87,6 +87,12 @@ def test_chat_puts_the_prompt_into_the_template(rambler, capsys):
     assert chat["metrics"]["num_prompt_tokens"] == 4
 
 
+@pytest.mark.parametrize(("argv", "wanted"), [([], 8), (["--max-num-seqs", "3"], 3)])
+def test_requests_at_a_time(argv, wanted):
+    options = cli._engine_options(cli.parser().parse_args(["x", *argv]))
+    assert options["max_num_seqs"] == wanted
+
+
 def test_sampling_options_reach_the_sampler(rambler, capsys):
     argv = ["x", "--model", rambler, "--json", "--ignore-eos", "--max-tokens", "12"]
     texts = []
