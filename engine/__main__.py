@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--decode-pipeline",
         choices=["auto", "static", "disabled"],
-        help="attention and FFN of decode on SMs of their own; auto: where that is faster, in steps "
-        "of some 400 requests and more; static: of two or more, as --json has them",
+        help="attention and FFN of decode on SMs of their own; auto: where that is faster, in "
+        "steps of some 400 requests and more; static: of two or more, as --json has them",
     )
     engine.add_argument("--decode-attention-sm", type=int, metavar="N", help="SMs for attention")
     engine.add_argument("--decode-ffn-sm", type=int, metavar="N", help="SMs for FFN")
