@@ -42,6 +42,7 @@ from experiments.pipeline_start import (
 )
 
 WHAT = "check"
+SHAPE = ("model", "num_layers", "reading_ms", "max_num_seqs", "num_kv_blocks")  # columns in front
 SETTLE_MS = 1000.0  # of the same steps: the first mode comes straight behind captures, a pause
 
 

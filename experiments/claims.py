@@ -86,11 +86,14 @@ def newest_run(
     load: float | None = None,
     *,
     configs: Sequence[str] = CONFIGS,
+    gpu: str | None = None,
 ) -> dict[str, list[EngineReading]] | None:
-    """Readings by configuration of the last run that has all of configs; None: there is none."""
+    """Readings by configuration of the last run that has all of configs; None: there is none. gpu:
+    of this one; None: of whichever it was."""
     runs: dict[object, dict[str, list[EngineReading]]] = {}
     for r in readings:
-        if (r.model, r.workload, r.load, r.eager) == (model, workload, load, False):
+        is_there = gpu is None or r.gpu == gpu
+        if is_there and (r.model, r.workload, r.load, r.eager) == (model, workload, load, False):
             runs.setdefault(r.run, {}).setdefault(r.config, []).append(r)
     whole = [run for run in runs.values() if all(config in run for config in configs)]
     return max(whole, key=lambda run: run["pd"][0].date, default=None)
@@ -124,8 +127,20 @@ def judge(claim: Claim, run: dict[str, list[EngineReading]]) -> Finding:
             f"{over_one:.2f}x, {over_one / claim.speedup:.0%} of the {claim.speedup:.2f}x claimed; "
             f"two replicas took {seconds['replicas'] * 1e3:.0f} ms, "
             f"{seconds['one'] / seconds['replicas']:.2f}x of one device, "
-            f"so that PD is {over_replicas:.2f}x of them."
+            f"so that PD is {over_replicas:.2f}x of them.{_more_at_a_time(run)}"
         ),
+    )
+
+
+def _more_at_a_time(run: dict[str, list[EngineReading]]) -> str:
+    """That one device decoded fewer requests at a time than PD, which is part of the ratio where
+    there were more of them."""
+    one, pd = run["one"][0], run["pd"][0]
+    if one.max_num_seqs == pd.max_num_seqs or pd.requests <= one.max_num_seqs:
+        return ""
+    return (
+        f" One device had {one.max_num_seqs} of the {pd.requests} requests at a time, PD "
+        f"{pd.max_num_seqs}: part of the difference."
     )
 
 
@@ -155,7 +170,7 @@ def read_csv(path: Path) -> list[Finding]:
 def table(found: Sequence[Finding]) -> str:
     """Markdown, a line for each finding; below it the arithmetic and the commands."""
     lines = [
-        "| # | claim | model | claimed | over one device | over two replicas | verdict |",
+        "| # | claim | model | claimed | ratio; 1 to 4: over one | over replicas | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
     for f in found:

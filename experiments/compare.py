@@ -2,9 +2,9 @@
 
     python -m experiments.compare [--from experiments/results/engine.csv] [--model Qwen3-8B]
 
-Of each workload and load the newest run counts that has both two-GPU PD and the replicas; medians
-of its readings. Below the table, for arrivals, the aim: PD's TPOT p99 is at most 0.8x of that of
-the replicas, where both serve the same rate.
+Of each workload, load and GPU the newest run counts that has both two-GPU PD and the replicas;
+medians of its readings. Below the table, for arrivals, the aim: PD's TPOT p99 is at most 0.8x of
+that of the replicas, where both serve the same rate.
 """
 
 import argparse
@@ -20,17 +20,17 @@ TPOT_AIM = 0.80  # PD's p99 over that of the replicas, at most,
 EQUAL = 0.98  # where PD's output tokens per second are so much of theirs, at least
 HEADER = (
     "| model | workload | load | one, tok/s | replicas, tok/s | PD, tok/s | PD over replicas "
-    "| TTFT p50 ms, replicas | PD | TPOT p99 ms, replicas | PD |"
+    "| TTFT p50 ms, replicas | PD | TPOT p99 ms, replicas | PD | GPUs, commit |"
 )
 
 Run = dict[str, list[EngineReading]]  # readings by configuration
 
 
 def runs_of(readings: Sequence[EngineReading], models: Sequence[str] | None = None) -> list[Run]:
-    """The newest run of each workload and load, in the order in which these first came."""
-    cells = dict.fromkeys((r.model, r.workload, r.load) for r in readings)
+    """The newest run of each workload, load and GPU, in the order in which these first came."""
+    cells = dict.fromkeys((r.model, r.workload, r.load, r.gpu) for r in readings)
     runs = [
-        newest_run(readings, *cell, configs=("replicas", "pd"))
+        newest_run(readings, *cell[:3], configs=("replicas", "pd"), gpu=cell[3])
         for cell in cells
         if models is None or cell[0] in models
     ]
@@ -66,7 +66,9 @@ def _line(run: Run) -> str:
         for column, digits in (("ttft_ms_p50", 0), ("tpot_ms_p99", 2))
         for config in ("replicas", "pd")
     ]
-    cells = [pd.model, pd.workload, _number(pd.load, 2), *speeds, f"{_number(over, 2)}x", *times]
+    where = f"{pd.gpus} x {pd.gpu}, {pd.commit}"
+    head = [pd.model, pd.workload, _number(pd.load, 2)]
+    cells = [*head, *speeds, f"{_number(over, 2)}x", *times, where]
     return f"| {' | '.join(cells)} |"
 
 
@@ -76,7 +78,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _aim(run: Run) -> str:
     pd, tpot, speed = run["pd"][0], ratio(run, "tpot_ms_p99"), ratio(run, "output_tok_s")
-    what = f"{pd.model}, {pd.workload} at {pd.load:.2f} of the replicas' capacity"
+    what = f"{pd.model}, {pd.workload} at {pd.load:.2f} of the replicas' capacity, {pd.gpu}"
     if tpot is None or speed is None:
         return f"{what}: no TPOT."
     found = "missed" if tpot > TPOT_AIM else "holds" if speed >= EQUAL else "no equal throughput"

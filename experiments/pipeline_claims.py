@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from engine import LLM, SamplingParams
-from experiments import lifted_limits
+from experiments import auto_check, lifted_limits
+from experiments.auto_check import Checked
 from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
 from experiments.bench_pipeline import Row as StepRow
@@ -115,6 +116,7 @@ class Judged:
     claim: int
     statement: str
     claimed: str
+    config: str  # the one that is judged
     ratio: float
     verdict: str
     why: str
@@ -162,13 +164,15 @@ class Judge:
             f"on {split} {ms:.3f} ms: {gain:.2f}x of the 1.70x claimed."
         )
         statement = f"pipeline on PD, 4 prompts x 64, {split}"
-        return Judged(5, statement, "1.70", gain, _holds(gain >= REACHED * 1.7), why)
+        return Judged(5, statement, "1.70", f"pd {split}", gain, _holds(gain >= REACHED * 1.7), why)
 
     def _both(self) -> Judged:
         one, pd = self.seconds("one"), self.seconds(f"pd {self.best}")
         why = f"One device took {one * 1e3:.0f} ms, two, decode on {self.best}, {pd * 1e3:.0f} ms."
         statement = "PD and pipeline over one device, 4 prompts x 64"
-        return Judged(6, statement, "2.00", one / pd, _holds(one / pd >= REACHED * 2), why)
+        return Judged(
+            6, statement, "2.00", f"pd {self.best}", one / pd, _holds(one / pd >= REACHED * 2), why
+        )
 
     def _direction(self) -> Judged:
         configs = ("pd", f"pd {self.best}")
@@ -180,20 +184,29 @@ class Judge:
         why = f"On {self.best}: " + ", ".join(f"{gain:.2f}x at {n}" for n, gain in gains.items())
         why += " prompts; it must not fall with their number, lose below 4 and win at the most."
         statement = "gains grow with batch, loss below 4 requests"
-        return Judged(7, statement, "", last, _holds(grows and loses and last > 1 + STEP), why)
+        return Judged(
+            7,
+            statement,
+            "",
+            f"pd {self.best}",
+            last,
+            _holds(grows and loses and last > 1 + STEP),
+            why,
+        )
 
     def _fair_split(self) -> Judged:
         fair = self.gain(ASKED) / self.gain(self.best)
         of = ", ".join(self.splits)
         why = f"{ASKED} reached {fair:.0%} of the speed of {self.best}, the best of {of}."
         statement = f"{ASKED} SMs is a fair split at 4 requests"
-        return Judged(8, statement, "1.00", fair, _holds(fair >= REACHED), why)
+        return Judged(8, statement, "1.00", f"pd {ASKED}", fair, _holds(fair >= REACHED), why)
 
     def _graphs(self) -> Judged:
         lifted = self.tpot(f"pd {ASKED} eager") / self.tpot(f"pd {ASKED}")
         why = f"A pipelined step is one CUDA graph here, {lifted:.2f}x as fast as without."
         verdict = "lifted" if lifted > 1 else "stands"
-        return Judged(9, "limit: no CUDA graphs with the pipeline", "", lifted, verdict, why)
+        statement = "limit: no CUDA graphs with the pipeline"
+        return Judged(9, statement, "", f"pd {ASKED}", lifted, verdict, why)
 
 
 def _holds(does: bool) -> str:
@@ -216,7 +229,7 @@ def findings(read: Mapping[tuple[str, int], Row], stamp: Mapping[str, str]) -> l
             date=stamp["date"],
             one_s=f"{judge.seconds('one'):.4f}",
             replicas_s="",
-            pd_s=f"{judge.seconds(f'pd {judge.best}'):.4f}",
+            pd_s=f"{judge.seconds(judged.config):.4f}",
             over_one=f"{judged.ratio:.2f}",
             over_replicas="",
             verdict=judged.verdict,
@@ -248,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--csv", type=Path, default=RESULTS / "pipeline_claims.csv")
     p.add_argument("--handoff", type=Path, default=RESULTS / "handoff.csv")
     p.add_argument("--steps", type=Path, default=RESULTS / "pipeline.csv")
+    p.add_argument("--checks", type=Path, default=RESULTS / "auto_check.csv")
     p.add_argument("--pressure", type=Path, default=RESULTS / "back_pressure.csv")
     p.add_argument("--claims", type=Path, default=RESULTS / "claims.csv")
     args = p.parse_args(argv)
@@ -265,18 +279,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _limits(args: argparse.Namespace) -> list[Finding]:
     """What other results say of claim 9, those that are there."""
-    kinds = (
-        (args.handoff, HandoffReading, lifted_limits.handoff_findings),
-        (args.steps, StepRow, lifted_limits.split_findings),
-        (args.pressure, Pressure, lifted_limits.pressure_findings),
-    )
+
+    def rows(path: Path, kind: type, in_front: Sequence[str] = ()) -> list[dict[str, str]]:
+        columns = [*in_front, *kind.__dataclass_fields__, *environment("cpu")]
+        return read_rows(path, columns) if path.exists() else []
+
+    checks = rows(args.checks, Checked, auto_check.SHAPE)
     return [
-        finding
-        for path, kind, findings_of in kinds
-        if path.exists()
-        for finding in findings_of(
-            read_rows(path, [*kind.__dataclass_fields__, *environment("cpu")]), args.model
-        )
+        *lifted_limits.handoff_findings(rows(args.handoff, HandoffReading), args.model),
+        *lifted_limits.split_findings(rows(args.steps, StepRow), args.model, checks),
+        *lifted_limits.pressure_findings(rows(args.pressure, Pressure), args.model),
     ]
 
 

@@ -147,7 +147,7 @@ class EngineTarget:
     @property
     def bound(self) -> str:
         """What is wanted, for a reader."""
-        return f"at least {self.want:,.0f} tokens/s (vLLM {self.vllm:,.0f})"
+        return f"at least {self.want:,.0f} tokens/s (vLLM on an H100: {self.vllm:,.0f})"
 
     def figure(self, readings: Sequence[EngineReading], gpu: str) -> EngineFigure | None:
         """The median of the newest run on one such GPU with CUDA graphs; None where there is

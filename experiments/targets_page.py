@@ -14,7 +14,9 @@ Made by `python -m experiments.targets` from engine.csv and kernels.csv, which
 `python -m experiments.bench_kernels` writes. Medians of CUDA graph timing, buffers rotated past L2;
 a bulk copy to the peer is launched from Python. "Beyond" was hoped for, not promised.
 (green): both sides on a green context of so many SMs; (grid): the launch told of them alone.
-FlashInfer's published times are of another H100, scaled by what the two read in a second.
+FlashInfer's published times are of another H100, scaled by what the two read in a second; vLLM's
+tokens/s are of one too, and were not measured from here. Ours of small shapes overlap the call
+before, as they do in an engine (dependent launch); what peers do not start early cannot.
 The aims were set for an H100: on another GPU ratios to ceilings and peers of the same run compare,
 while absolute rates (TFLOP/s, tokens/s, FlashInfer's published times) are not expected to carry
 over. Of several versions or commits the newest run's comes first.

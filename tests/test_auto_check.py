@@ -11,7 +11,7 @@ import torch
 from engine.pipeline_stats import SERIAL
 from engine.trial_steps import LONG, Reading
 from experiments import auto_check
-from experiments.auto_check import Checked, cells, checked, lines, main
+from experiments.auto_check import SHAPE, Checked, cells, checked, lines, main
 from experiments.harness import environment, read_rows
 from experiments.shapes import QWEN3, SHAPES
 from tests.checkpoints import save_random
@@ -19,7 +19,6 @@ from tests.decode_steps import decoder_of, row_by_row
 from tests.test_auto_pipeline import SPLITS, Machine, auto_of
 from tests.test_bench_pipeline import TINY
 
-SHAPE = ["model", "num_layers", "reading_ms", "max_num_seqs", "num_kv_blocks"]
 COLUMNS = [*SHAPE, *Checked.__dataclass_fields__]
 
 

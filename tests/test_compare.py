@@ -28,7 +28,8 @@ def test_a_line_for_each_run():
     lines = table(runs_of([*CLOSED, *ARRIVALS])).splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert lines[2] == (
-        "| Qwen3-0.6B | fixed |  | 1,000 | 2,000 | 1,500 | 0.75x | 100 | 100 | 10.00 | 10.00 |"
+        "| Qwen3-0.6B | fixed |  | 1,000 | 2,000 | 1,500 | 0.75x | 100 | 100 | 10.00 | 10.00 "
+        f"| {BASE.gpus} x {BASE.gpu}, {BASE.commit} |"
     )
     assert lines[3].startswith("| Qwen3-0.6B | poisson-1024-128 | 0.80 |  | 2,000 | 1,990 | 0.99x")
     assert lines[4] == "" and len(lines) == 6
@@ -56,6 +57,16 @@ def test_the_newest_run_with_both_counts():
     assert [r.output_tok_s for r in run["pd"]] == [3000.0]
     assert [r.load for r in other["pd"]] == [0.5] and ratio(other, "output_tok_s") < 1
     assert runs_of(half) == [] and runs_of(newer, ["Qwen3-8B"]) == []
+
+
+def test_each_gpu_has_a_line_of_its_own():
+    """Or a newer one's would stand in for another's miss."""
+    others = [replace(r, gpu="another", date="2027-01-01", tpot_ms_p99=20.0) for r in ARRIVALS]
+    lines = table(runs_of([*ARRIVALS, *others])).splitlines()
+    assert [line.split(" | ")[-1].split(",")[0] for line in lines[2:4]] == [
+        f"{BASE.gpus} x {gpu}" for gpu in (BASE.gpu, "another")
+    ]
+    assert [line.rpartition(": ")[2] for line in lines[-2:]] == ["holds.", "missed."]
 
 
 def test_the_command_prints_what_a_file_has(tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_the_engine_is_judged_by_the_median_of_its_newest_run():
     assert aim.figure(rows, "H100") == EngineFigure(200, "abc")
     assert aim.figure(rows, "B200") is None
     (line,) = engine_lines("H100", [aim], rows)
-    bound = "at least 150 tokens/s (vLLM 120)"
+    bound = "at least 150 tokens/s (vLLM on an H100: 120)"
     made = {"measured": "200 tokens/s", "holds": True, "commit": "abc"}
     assert line == Line(kernel="engine", where="m w", bound=bound, **made)
     assert not engine_lines("H100", [replace(aim, want=201)], rows)[0].holds
