@@ -5,6 +5,7 @@ import itertools
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,25 @@ def test_prompts_go_the_way_that_is_timed(timer, mode, monkeypatch):
     # 4 behind one that is not counted; a push has a copy for what earlier launches left too
     assert len([blocks for name, blocks in sent if name == mode and blocks == 3]) == 4
     assert {name for name, _ in sent} == {mode} and times.prefill_ms_p50 > 0
+
+
+def test_a_prompts_prefill_is_its_own(timer, monkeypatch):
+    """Not what all prompts so far took; and a prompt of whole blocks has no block more."""
+    core, handoffs = timer._core, timer._core.handoffs
+    busy, took = core.stats, iter([100.0, 5.0, 7.0, 6.0])
+
+    def serve(num_tokens: int) -> None:
+        busy.prefill_busy_ms += next(took)
+
+    exposed = {"exposed_ms": {"p50": 1.0, "p90": 2.0}}
+    queue = SimpleNamespace(stats=SimpleNamespace(as_dict=lambda: exposed))
+    monkeypatch.setattr(timer, "_serve", serve)
+    monkeypatch.setattr(handoff_timing, "HandoffQueue", lambda *_: queue)
+    times = timer.prompts(64, "push", timer.ways[0], 3)
+    core.handoffs = handoffs
+    assert times == handoff_timing.PromptTimes(6.0, 1.0, 2.0)
+    size = timer._source.block_size
+    assert [timer.num_blocks(n * size + rest) for n, rest in ((4, 0), (4, 1), (0, 1))] == [4, 5, 1]
 
 
 def recorded(open_copy, name, sent):
