@@ -134,9 +134,14 @@ class BaseCore(ABC):
     def _take(self, launched: Launched, on_token: OnToken) -> None:
         """Wait for the tokens of one launch and hand them on. Where that fails, the request at
         fault ends with "error" and those behind it draw their tokens again."""
-        token_ids = launched.wait()
+        try:
+            token_ids = launched.wait()
+            busy_ms = launched.span.ms
+        except BaseException:  # of a device that has failed, or an interrupt: nobody has the tokens
+            self._requeue_fresh(launched, 0)
+            raise
         now = time.perf_counter()
-        self.stats.device_was_busy(launched.phase, launched.span.ms)
+        self.stats.device_was_busy(launched.phase, busy_ms)
         for row, ((request, epoch), token_id) in enumerate(
             zip(launched.requests, token_ids, strict=True)
         ):

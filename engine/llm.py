@@ -88,6 +88,8 @@ class LLM:
         self._jobs: dict[int, _Job] = {}
         self._touched: dict[object, dict[int, _Job]] = {}  # owner -> jobs with something new
         self._ids = itertools.count()
+        self._is_stepping = False
+        self._given_up: list[_Job] = []  # while a step was under way
         self._seeds = random.Random(self.config.seed)
 
     def __enter__(self) -> "LLM":
@@ -108,13 +110,15 @@ class LLM:
         try:
             for job in list(self._jobs.values()):
                 self._drop(job)
-            self._core.close()
         finally:
-            self._core = None
+            core, self._core = self._core, None
             self._touched.clear()
-            gc.collect()  # a traceback that somebody kept may hold the core in a cycle
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            try:
+                core.close()
+            finally:
+                gc.collect()  # a traceback that somebody kept may hold the core in a cycle
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
 
     def generate(
         self,
@@ -152,7 +156,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one prompt piece by piece. Closing the iterator aborts the request."""
         owner = object()
-        job = self._job(prompt, params or SamplingParams(), owner, is_live=True)
+        job = self._job(prompt, SamplingParams() if params is None else params, owner, is_live=True)
         return self._pieces(job)
 
     def _pieces(self, job: _Job) -> Iterator[str]:
@@ -167,7 +171,9 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue a prompt for `step`; returns its request_id. A bad prompt is a ValueError."""
-        job = self._job(prompt, params or SamplingParams(), owner=None, is_live=True)
+        job = self._job(
+            prompt, SamplingParams() if params is None else params, owner=None, is_live=True
+        )
         self._start(job)
         return job.request.request_id
 
@@ -257,6 +263,7 @@ class LLM:
         return _Job(request, owner, detokenizer, is_live or bool(params.stop))
 
     def _start(self, job: _Job) -> None:
+        job.request.arrival_time = time.perf_counter()  # a stream waits for its first reader
         self._require_core().scheduler.add(job.request)
         self._jobs[job.request.request_id] = job
 
@@ -264,12 +271,18 @@ class LLM:
         """One step; returns what is new for this owner and keeps what is new for others."""
         core = self._require_core()
         with deferred():
+            self._is_stepping = True
             try:
                 ended = core.step(self._on_token)
             except BaseException:
                 self._end_texts(core.take_ended())
                 raise
-            self._end_texts(ended)
+            finally:
+                self._is_stepping = False
+                given_up, self._given_up = self._given_up, []
+                for job in given_up:
+                    self._drop_all([job])
+            self._end_texts([r for r in ended if r.request_id in self._jobs])
         touched = self._touched.pop(owner, {})
         for request_id, job in touched.items():
             if job.request.state is RequestState.FINISHED:
@@ -324,7 +337,11 @@ class LLM:
 
     def _drop_all(self, jobs: Sequence[_Job]) -> None:
         """Forget the requests of one call. Where no other is left, nobody may step any more: copies
-        of theirs that are in flight are waited for, or they would keep their blocks."""
+        of theirs that are in flight are waited for, or they would keep their blocks. In the middle
+        of a step, where garbage collection may close a stream, they are forgotten behind it."""
+        if self._is_stepping:
+            self._given_up += jobs
+            return
         self._touched.pop(jobs[0].owner if jobs else None, None)
         if self._core is None:
             return
@@ -352,4 +369,4 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
         if len(params) != num_prompts:
             raise ValueError(f"params must be one or {num_prompts}, got {len(params)}")
         return list(params)
-    return [params or SamplingParams()] * num_prompts
+    return [SamplingParams() if params is None else params] * num_prompts

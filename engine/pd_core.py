@@ -322,5 +322,5 @@ class PDCore(BaseCore):
     def _released(self, request: Request) -> None:
         """A request has given its blocks back: steps in flight may still write those of decode."""
         if self.decode.has_row(request):
-            self._fence = self._decode_side.record()
             self.decode.release(request)
+            self._fence = self._decode_side.record()

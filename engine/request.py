@@ -1,7 +1,6 @@
 """What is asked for (SamplingParams) and how far it has come (Request). Knows no tensors."""
 
 import enum
-import math
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from engine.config import INT64_MAX, INT64_MIN, check_bool, check_int, check_num
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MIN_TOP_P = 2.0**-126  # the least normal fp32: below, kernels would read 0
+MAX_TEMPERATURE = 3.4e38  # beyond, fp32 has infinity, and limits would keep every token
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature may leave the range of fp32
 
 
@@ -31,7 +31,8 @@ class SamplingParams:
     logprobs: int | None = None  # top log-probabilities per token; 0: only the token's own
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, "a finite number >= 0", 0.0, math.inf)
+        allowed = f"a finite number >= 0 and at most {MAX_TEMPERATURE:g}"
+        check_number("temperature", self.temperature, allowed, 0.0, MAX_TEMPERATURE)
         check_int("top_k", self.top_k, 0, 2**31 - 1)
         check_number("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0)
         if self.top_p == 0:

@@ -48,15 +48,17 @@ class Staging:
         slab_bytes = source[0].numel() * source.element_size()
         step = len(self._buffers[0]) // slab_bytes
         emptied: torch.cuda.Event | None = None
-        for index, first in enumerate(range(0, len(source_blocks), step)):
-            there, to = (b[first : first + step] for b in (source_blocks, target_blocks))
-            part = self._buffers[index % 2][: len(there) * slab_bytes].view(source.dtype)
-            part = part.view(len(there), *source.shape[1:])
-            filled = self._fill(part, source, there, self._emptied[index % 2])
-            emptied = self._empty(part, target, to, filled)
-            self._emptied[index % 2] = emptied
-        if emptied is not None:
-            torch.cuda.current_stream(self._device).wait_event(emptied)
+        try:
+            for index, first in enumerate(range(0, len(source_blocks), step)):
+                there, to = (b[first : first + step] for b in (source_blocks, target_blocks))
+                part = self._buffers[index % 2][: len(there) * slab_bytes].view(source.dtype)
+                part = part.view(len(there), *source.shape[1:])
+                filled = self._fill(part, source, there, self._emptied[index % 2])
+                emptied = self._empty(part, target, to, filled)
+                self._emptied[index % 2] = emptied
+        finally:  # where a part fails, those before it are still on their way
+            if emptied is not None:
+                torch.cuda.current_stream(self._device).wait_event(emptied)
 
     def _fill(
         self, part: Tensor, source: Tensor, blocks: Sequence[int], after: torch.cuda.Event | None

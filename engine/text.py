@@ -42,7 +42,7 @@ def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> array:
                 f"got {prompt!r:.80}"
             )
         token_ids = _token_ids(tokenizer.encode(prompt), vocab_size)
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
         token_ids = _token_ids(prompt, vocab_size)
     else:
         raise ValueError(f"prompt must be a string or token ids, got {type(prompt).__name__}")

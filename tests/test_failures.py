@@ -1,11 +1,13 @@
 """What fails for one request leaves the others, their text and their blocks alone."""
 
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.batch import Launched
 from engine.block_manager import BlockManager
 from engine.detokenizer import Detokenizer
 from engine.request import Request, RequestState
@@ -270,3 +272,56 @@ def test_a_top_p_that_fp32_has_not_keeps_the_likeliest(ids_folder):
         for seed in range(3):
             params = SamplingParams(top_p=1e-46, seed=seed, max_tokens=4, ignore_eos=True)
             assert llm.generate([[1, 2]], params)[0]["token_ids"] == wanted["token_ids"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_tokens_that_never_come_are_drawn_again(ids_folder, two, monkeypatch, at):
+    """The launch is over and out of the queue when waiting for its tokens fails."""
+    prompts, params = [[1, 2, 3], [4, 5]], greedy(12, ignore_eos=True)
+    with small_llm(ids_folder, enable_two_gpu_pd=two) as llm:
+        wanted = [out["token_ids"] for out in llm.generate(prompts, params)]
+        ids = [llm.add_request(prompt, params) for prompt in prompts]
+        with monkeypatch.context() as patch:
+            patch.setattr(Launched, "wait", failing(Launched.wait, at))
+            last = run(llm, UnicodeError)
+        assert [last[i]["token_ids"] for i in ids] == wanted
+
+
+def test_a_stream_that_is_closed_in_the_middle_of_a_step_leaves_the_others(speaker, monkeypatch):
+    """As garbage collection closes one that was dropped: its request ends behind the step."""
+    llm, params = speaker, greedy(9, ignore_eos=True)
+    wanted = llm.generate([0], params)[0]["token_ids"]
+    dropped = llm.stream([0], LONG)
+    next(dropped)
+    (job,) = llm._jobs.values()
+    on_token, was_there = llm._on_token, []
+
+    def closing(request, token_id):
+        dropped.close()
+        was_there.append(job.request.request_id in llm._jobs)
+        return on_token(request, token_id)
+
+    monkeypatch.setattr(llm, "_on_token", closing)
+    assert llm.generate([0], params)[0]["token_ids"] == wanted
+    assert was_there[0] and not was_there[-1]
+    assert not llm._jobs and llm.is_finished()
+
+
+def test_a_request_that_cannot_be_dropped_does_not_keep_the_core_open(ids_folder, monkeypatch):
+    llm = LLM(ids_folder, device="cpu", num_kv_blocks=64)
+    llm.add_request([1, 2, 3], LONG)
+    closed, close = [], llm._core.close
+    monkeypatch.setattr(llm._core, "close", lambda: closed.append(close()))
+    monkeypatch.setattr(llm, "_drop", failing(llm._drop))
+    with pytest.raises(UnicodeError):
+        llm.exit()
+    assert closed == [None]
+    llm.exit()
+
+
+def test_a_stream_arrives_when_it_is_first_read(ids_folder):
+    with small_llm(ids_folder) as llm:
+        stream = llm.stream([1, 2, 3], SHORT)
+        time.sleep(0.3)
+        list(stream)
+        assert llm.stats()["ttft_ms"]["p50"] < 300

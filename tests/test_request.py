@@ -12,6 +12,7 @@ BAD_PARAMS = [
     ("temperature", -0.1, "finite number >= 0"),
     ("temperature", math.nan, "finite number >= 0"),
     ("temperature", math.inf, "finite number >= 0"),
+    ("temperature", 1e39, "at most 3.4e+38"),
     ("temperature", "1", "finite number >= 0"),
     ("temperature", True, "finite number >= 0"),
     ("top_k", -1, "integer from 0"),
