@@ -151,7 +151,10 @@ BAD = {
     "bad name": (["--model", "no-such-model"], "got 'no-such-model'"),
     "device": (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     "max_tokens": (["--max-tokens", "0"], "max_tokens must be an integer >= 1, got 0"),
-    "temperature": (["--temperature", "-1"], "temperature must be a finite number >= 0, got -1.0"),
+    "temperature": (
+        ["--temperature", "-1"],
+        "temperature must be a finite number >= 0 and at most",
+    ),
     "top_p": (["--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
     "max_model_len": (["--max-model-len", "9999"], "max_model_len must be at most the model's 512"),
     "two GPUs": (["--two-gpu", "on", "--device", "cuda:0"], "auto, cuda or cpu for two GPUs"),

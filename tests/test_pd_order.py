@@ -85,10 +85,13 @@ def log_of(folder: Path, seed: int, **options: object) -> OrderLog:
 @pytest.mark.parametrize("is_caching", [False, True])
 @pytest.mark.parametrize("kv_handoff", ["slab", "push", "auto"])
 def test_every_access_is_ordered(folder, kv_handoff, is_caching):
+    """Over several seeds: a rule that is broken shows in one of three of them, or fewer."""
     options = {"kv_handoff": kv_handoff, "enable_prefix_caching": is_caching}
-    log = log_of(folder, 3 if is_caching else 1, **options)
-    assert find_races(log.launches) == []
-    used = {stream for stream in ("slab", "push") if log.num_launches(stream)}
+    used: set[str] = set()
+    for seed in range(8):
+        log = log_of(folder, seed, **options)
+        assert find_races(log.launches) == [], f"seed {seed}"
+        used |= {stream for stream in ("slab", "push") if log.num_launches(stream)}
     assert used >= COPIED[kv_handoff], "what is to be ordered was not launched"
 
 
