@@ -186,9 +186,7 @@ def _auto_pipeline(config: EngineConfig, options: dict[str, Any]) -> DecodePipel
                 make_streams=partial(GpuStreams.partitioned, device=device),
                 file=CalibrationFile(cache_folder() / "decode_pipeline", _setting(config, options)),
             )
-        except (
-            Exception
-        ) as error:  # of the driver, torch or what versions tell: serial works anyway
+        except Exception as error:  # of the driver or torch: serial works anyway
             why_none = in_a_line(error)
     worker = DecodePipeline(**options, streams=[])
     worker.statistics.why_none = why_none

@@ -255,7 +255,6 @@ class LLM:
             token_ids=token_ids,
             params=params,
             seed=self._seeds.getrandbits(63),
-            arrival_time=time.perf_counter(),
         )
         core.scheduler.check(request)
         is_text = isinstance(prompt, str)

@@ -2,10 +2,12 @@
 pipeline.csv, auto_check.csv and back_pressure.csv, and the engine's defaults, say something."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.pipeline_stats import SERIAL
+from experiments.auto_check import Checked, lines
 from experiments.auto_rule import is_usual
 from experiments.back_pressure import BLOCK_SIZE, BOUNDED, UNBOUNDED, Pressure
 from experiments.claims import Finding
@@ -119,18 +121,16 @@ def auto_losses(checks: Rows) -> dict[tuple[str, int, int, str], float]:
     for row in checks:
         if row["model"] not in newest or row["date"] >= newest[row["model"]]["date"]:
             newest[row["model"]] = row
-    times: dict[tuple[str, int, int, str], list[tuple[float, bool]]] = {}
+    of: dict[tuple[str, str], list[Checked]] = {}
     for row in checks:
         last = newest[row["model"]]
         if all(row[name] == last[name] for name in ("commit", "gpu", "num_layers")):
-            size = int(row["batch"]), int(row["context"])
-            time = (float(row["ms"]), row["is_chosen"] == "True")
-            times.setdefault((row["model"], *size, row["max_num_seqs"]), []).append(time)
+            one = replace(read_as(Checked, row), is_chosen=row["is_chosen"] == "True")
+            of.setdefault((row["model"], row["max_num_seqs"]), []).append(one)
     return {
-        cell: next((ms for ms, is_chosen in found if is_chosen), found[0][0])
-        / min(ms for ms, _ in found)
-        - 1
-        for cell, found in times.items()
+        (model, line["batch"], line["context"], size): line["lost"]
+        for (model, size), rows in of.items()
+        for line in lines(rows)
     }
 
 

@@ -64,6 +64,13 @@ def made(**config) -> Recorded:
     )
 
 
+def why_serial() -> str:
+    """What a worker without streams says."""
+    worker = made()
+    assert worker.options["streams"] == []
+    return worker.statistics.why_none
+
+
 def test_rates_follow_from_the_clocks(h100):
     rates = device_rates.rates_of(DEVICE)
     assert rates.num_sms == 132
@@ -94,9 +101,7 @@ def test_times_are_of_a_setting(h100):
 
 def test_without_the_constants_of_its_package_decode_is_serial_and_says_why(h100, monkeypatch):
     monkeypatch.delitem(ATTRIBUTES, "MEMORY_CLOCK_RATE")
-    worker = made()
-    assert worker.options["streams"] == []
-    assert "CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE" in worker.statistics.why_none
+    assert "CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE" in why_serial()
 
 
 def test_whatever_else_fails_decode_is_serial_and_says_why(h100, monkeypatch):
@@ -104,9 +109,7 @@ def test_whatever_else_fails_decode_is_serial_and_says_why(h100, monkeypatch):
         raise PermissionError("not to be read\nby you")
 
     monkeypatch.setattr(build, "digest_of_sources", digest_of_sources)
-    worker = made()
-    assert worker.options["streams"] == []
-    assert worker.statistics.why_none == "PermissionError: not to be read"
+    assert why_serial() == "PermissionError: not to be read"
 
 
 def test_the_environment_of_cuda_is_shown(h100, monkeypatch):
@@ -119,6 +122,4 @@ def test_without_a_driver_decode_is_serial_and_says_why(h100, monkeypatch):
         raise GreenContextUnsupported("the driver must be of CUDA 12.5 or later, got 12.2")
 
     monkeypatch.setattr(device_rates, "load_driver", load_driver)
-    worker = made()
-    assert worker.options["streams"] == []
-    assert worker.statistics.why_none.endswith("12.5 or later, got 12.2")
+    assert why_serial().endswith("12.5 or later, got 12.2")

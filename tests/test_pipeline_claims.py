@@ -168,6 +168,7 @@ def check(mode: str, ms: float, *, is_chosen: bool = False, batch: int = 512, **
     """A row of auto_check.csv."""
     row = STAMP | {"model": "Qwen3-8B", "num_layers": "36", "max_num_seqs": "1024"}
     row |= {"batch": str(batch), "context": "128", "mode": mode, "ms": str(ms)}
+    row |= {"auto_ms": "1.0"}
     return row | {"is_chosen": str(is_chosen)} | more
 
 
@@ -181,6 +182,7 @@ def test_the_choices_of_auto_are_judged_by_longer_readings():
         check("serial", 10.0, batch=1024),
         check("48:84", 9.0, is_chosen=True, batch=1024),
         check("serial", 10.0, is_chosen=True, batch=1024, max_num_seqs="2048"),  # another engine
+        check("48:84", 11.0, batch=1024, max_num_seqs="2048"),
         check("serial", 10.0, is_chosen=True, **small),
         check("48:84", 10.5, **small),
         check("serial", 10.0, is_chosen=True, date="2020-01-01 00:00", commit="old"),
