@@ -8,9 +8,9 @@ stages, on as many SMs each as `LLM` gives them unasked. Each engine has a proce
 clocks start when all are up and have rehearsed the workload; time runs to the end of the last.
 Where both are asked for, `one` is the first of the replicas, while the other one is idle.
 
-An engine decodes --max-num-seqs requests at a time, with PD twice as many: it has one decode GPU
-for all requests, and so as many in flight as the replicas together. The column says how many it
-were.
+Every engine decodes up to --max-num-seqs requests at a time, whatever it serves: by default as many
+as the largest workload has, so that none waits for anything but memory. Readings of configurations
+that are up together take turns.
 
 Workloads: experiments/workloads.py, in the order of WORKLOADS, the most telling ones first. Short
 ones are read again until READ_SECONDS are measured. Poisson arrivals come at each of --loads times
@@ -89,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.configs,
                 _options(args),
                 device=args.device,
-                max_num_seqs=args.max_num_seqs,
             )
         ]
         for index, engines in enumerate(sets):
@@ -131,7 +130,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--quick", action="store_true")
     p.add_argument("--max-seconds", type=float, default=math.inf)
     p.add_argument("--repeat", type=int, default=1, help="readings of a closed workload, at least")
-    p.add_argument("--max-num-seqs", type=int, default=256)
+    p.add_argument("--max-num-seqs", type=int, default=1024)
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--max-model-len", type=int, default=4608)
     p.add_argument("--num-kv-blocks", type=int)
@@ -152,6 +151,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "load_format": "dummy",
+        "max_num_seqs": args.max_num_seqs,
         "max_model_len": args.max_model_len,
         "num_kv_blocks": args.num_kv_blocks,
         "enforce_eager": args.enforce_eager,
@@ -171,8 +171,7 @@ def _measure(
             return
         if name in CLOSED:
             engines.rehearse(CLOSED[name]())
-            for config in engines.configs:
-                yield engines.read_closed(config, name, args.repeat)
+            yield from engines.read_closed(engines.configs, name, args.repeat).values()
         else:
             yield from _arrivals(engines, name, capacities, args)
 
@@ -185,7 +184,7 @@ def _arrivals(
     key = (engines.model, reference, name)
     engines.rehearse(poisson.burst())
     if config == reference:
-        readings = engines.read_closed(config, poisson.burst_name, args.repeat)
+        readings = engines.read_closed([config], poisson.burst_name, args.repeat)[config]
         capacities[key] = max(r["requests"] / r["seconds"] for r in readings)
         yield readings
     for load in args.loads if key in capacities else ():

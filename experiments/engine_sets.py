@@ -18,15 +18,13 @@ CONFIGS = ("one", "replicas", *ON_BOTH)  # in the order of a run: pd takes the r
 Reading = dict[str, Any]  # columns of engine.csv
 
 
-def engine_options(config: str, device: str, max_num_seqs: int = 256) -> list[dict[str, Any]]:
-    """Options of each engine's LLM. device: cpu, or cuda for the GPUs 0 and 1; max_num_seqs:
-    requests that decode at a time on a GPU that does all; one that only decodes has twice as
-    many."""
+def engine_options(config: str, device: str) -> list[dict[str, Any]]:
+    """Options of each engine's LLM, those apart that all have. device: cpu, or cuda for the GPUs 0
+    and 1."""
     if config in ON_BOTH:
-        return [{"device": device, "max_num_seqs": 2 * max_num_seqs} | ON_BOTH[config]]
+        return [{"device": device} | ON_BOTH[config]]
     num_engines = {"one": 1, "replicas": 2}[config]
-    devices = ["cpu" if device == "cpu" else f"cuda:{i}" for i in range(num_engines)]
-    return [{"device": device, "max_num_seqs": max_num_seqs} for device in devices]
+    return [{"device": "cpu" if device == "cpu" else f"cuda:{i}"} for i in range(num_engines)]
 
 
 class EngineSet:
@@ -56,15 +54,23 @@ class EngineSet:
         what = {"workload": name, "config": config, "gpus": 1 if config == "one" else 2}
         return self._common | what | figures(workload, served, seconds)
 
-    def read_closed(self, config: str, name: str, num_readings: int) -> list[Reading]:
-        """Readings of one of CLOSED: so many at least, and more until READ_SECONDS are measured, of
-        which there are MAX_READINGS at most."""
+    def read_closed(
+        self, configs: Sequence[str], name: str, num_readings: int
+    ) -> dict[str, list[Reading]]:
+        """Readings of one of CLOSED by configuration, which take turns, so that what the machine
+        does meanwhile falls on all: of each so many at least, and more until READ_SECONDS are
+        measured, of which there are MAX_READINGS at most."""
         workload = CLOSED[name]()
-        readings = [self.read(config, name, workload)]
-        while len(readings) < num_readings or (
-            len(readings) < MAX_READINGS and sum(r["seconds"] for r in readings) < READ_SECONDS
-        ):
-            readings.append(self.read(config, name, workload))
+        readings: dict[str, list[Reading]] = {config: [] for config in configs}
+
+        def wants_more(config: str) -> bool:
+            read = readings[config]
+            is_short = sum(r["seconds"] for r in read) < READ_SECONDS
+            return len(read) < num_readings or (is_short and len(read) < MAX_READINGS)
+
+        while wanting := [config for config in configs if wants_more(config)]:
+            for config in wanting:
+                readings[config].append(self.read(config, name, workload))
         return readings
 
 
@@ -74,17 +80,14 @@ def engine_sets(
     options: Mapping[str, Any],
     *,
     device: str,
-    max_num_seqs: int,
 ) -> list[EngineSet]:
     """Sets for these configurations, in the order of a run; all processes are started, none is on a
-    device yet. options: of every engine; device, max_num_seqs: see `engine_options`."""
+    device yet. options: of every engine; device: see `engine_options`."""
     mixed = [config for config in ("one", "replicas") if config in configs]
     together = [mixed] * bool(mixed) + [[config] for config in ON_BOTH if config in configs]
     return [
         EngineSet(
-            folder,
-            served,
-            [{**options, **own} for own in engine_options(served[-1], device, max_num_seqs)],
+            folder, served, [{**options, **own} for own in engine_options(served[-1], device)]
         )
         for served in together
     ]

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -72,10 +73,10 @@ def test_the_command_writes_a_row_for_each_reading(argv, tmp_path, monkeypatch, 
         ("replicas", 2, 4, "decode-heavy-4"): 2,
         ("replicas", 2, 4, "burst-20-4"): 2,
         ("replicas", 2, 4, "poisson-1024-128"): 2,
-        ("pd", 2, 8, "decode-heavy-4"): 2,
-        ("pd", 2, 8, "poisson-1024-128"): 2,
-        ("pd_pipeline", 2, 8, "decode-heavy-4"): 2,
-        ("pd_pipeline", 2, 8, "poisson-1024-128"): 2,
+        ("pd", 2, 4, "decode-heavy-4"): 2,
+        ("pd", 2, 4, "poisson-1024-128"): 2,
+        ("pd_pipeline", 2, 4, "decode-heavy-4"): 2,
+        ("pd_pipeline", 2, 4, "poisson-1024-128"): 2,
     }
     assert len({r.run for r in rows}) == 1 and rows[0].model == "tiny"
     assert rows[0].gpu.startswith("cpu ") and rows[0].commit
@@ -104,6 +105,7 @@ class InstantReplicas:
     """Serves at once and says that it took as many seconds as there are engines, pd four."""
 
     failing: str | None = None  # serving these, "mixed" or "pd", it fails
+    seconds: ClassVar[list[float]] = []  # of each run, rehearsals included
 
     def __init__(self, folder, options):
         self.environment = harness.environment("cpu")
@@ -125,12 +127,15 @@ class InstantReplicas:
             Served(num_prompt_tokens=len(p), num_output_tokens=n, **counts, **times)
             for p, n in zip(workload.prompts, workload.output_lens, strict=True)
         ]
-        return served, 4.0 if self.kind == "pd" else float(num_engines or self.num_engines)
+        seconds = 4.0 if self.kind == "pd" else float(num_engines or self.num_engines)
+        InstantReplicas.seconds.append(seconds)
+        return served, seconds
 
 
 @pytest.fixture
 def instant(monkeypatch):
     monkeypatch.setattr(engine_sets, "Replicas", InstantReplicas)
+    monkeypatch.setattr(InstantReplicas, "seconds", [])
     return monkeypatch
 
 
@@ -171,8 +176,11 @@ def test_all_is_measured_but_bursts_for_themselves():
 
 
 def test_short_workloads_are_read_again(argv, tmp_path, instant):
-    """Until two seconds are measured: they take one second on one device, two on replicas."""
+    """Until two seconds are measured: they take one second on one device, two on replicas. Those
+    that are up together take turns."""
     bench_engine.main([*argv, "--configs", "one", "replicas", "--workloads", "decode-heavy-4"])
+    rehearsal, *readings = InstantReplicas.seconds
+    assert (rehearsal, readings) == (2.0, [1.0, 2.0, 1.0])
     instant.setattr(engine_sets, "READ_SECONDS", 100.0)
     bench_engine.main([*argv, "--workloads", "decode-heavy-4"])
     bench_engine.main([*argv, "--workloads", "decode-heavy-4", "--repeat", "9"])
@@ -212,15 +220,20 @@ def test_time_is_shared_out_and_no_workload_begun_behind_it(argv, tmp_path, inst
 
 
 def test_configurations():
-    assert [len(engine_options(config, "cuda")) for config in CONFIGS] == [1, 2, 1, 1]
-    one, other = ({"device": f"cuda:{i}", "max_num_seqs": 256} for i in range(2))
+    one, other = ({"device": f"cuda:{i}"} for i in range(2))
     assert engine_options("one", "cuda") == [one]
     assert engine_options("replicas", "cuda") == [one, other]
-    assert engine_options("replicas", "cpu", 8) == [{"device": "cpu", "max_num_seqs": 8}] * 2
+    assert engine_options("replicas", "cpu") == [{"device": "cpu"}] * 2
     both = {"enable_two_gpu_pd": True, "prefill_device_id": 0, "decode_device_id": 1}
-    pd = {"device": "cpu", "max_num_seqs": 16} | both
-    assert engine_options("pd", "cpu", 8) == [pd]
-    assert engine_options("pd_pipeline", "cpu", 8) == [pd | {"enable_decode_pipeline": True}]
+    assert engine_options("pd", "cpu") == [{"device": "cpu"} | both]
+    assert engine_options("pd_pipeline", "cuda") == [
+        {"device": "cuda", "enable_decode_pipeline": True} | both
+    ]
+
+
+def test_no_closed_workload_has_more_requests_than_an_engine_decodes_at_a_time():
+    limit = bench_engine._parse(["--device", "cpu"]).max_num_seqs
+    assert max(len(workload().prompts) for workload in CLOSED.values()) == limit
 
 
 @pytest.mark.parametrize(
