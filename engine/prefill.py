@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,10 @@ LAUNCH_FLOPS = 2e11
 # one does, and 512 are at most a quarter of the launch, as a rule a twentieth.
 BUCKET_STEP = 512
 
+# What kernels are compiled for changes at powers of two of tokens up to this one, and at multiples
+# of it behind, as products are cut in tiles that divide among the SMs; of chunks at powers of two.
+TILE_STEP = 64
+
 # Attention has a program for each head, row and tile of the bucket, most of which leave at once:
 # with 8 rows at most 2048 on the Qwen3 family, some microseconds a layer. More rows cost more for
 # launches that seldom come: it takes as many prompts arriving within one step.
@@ -61,6 +66,22 @@ def all_token_buckets(max_num_batched_tokens: int) -> list[int]:
     """Token counts, rising, that hold every launch, whatever the device takes for it."""
     sizes = [*TOKEN_BUCKETS, *range(TOKEN_BUCKETS[-1], max_num_batched_tokens, BUCKET_STEP)]
     return sorted({n for n in sizes if n < max_num_batched_tokens} | {max_num_batched_tokens})
+
+
+def warm_up_lengths(max_tokens: int, max_rows: int) -> list[list[int]]:
+    """Lengths of the chunks of launches that between them take every compiled kernel which one of
+    so many tokens and chunks at most may take."""
+    small = [2**i for i in range(TILE_STEP.bit_length() - 1)]
+    sizes = [*small, *range(TILE_STEP, max_tokens, TILE_STEP)]
+    alone = [[n] for n in sizes if n < max_tokens] + [[max_tokens]]
+    many = [TILE_STEP + 1]  # chunks
+    while 2 * (many[-1] - 1) < max_rows:
+        many.append(2 * many[-1] - 1)
+    # a long chunk among short ones, whose mean is short; the next power of two of chunks
+    together = [[TILE_STEP + 1, 1], *([TILE_STEP] * n for n in many)]
+    return alone + [
+        lengths for lengths in together if sum(lengths) <= max_tokens and len(lengths) <= max_rows
+    ]
 
 
 class Segment(NamedTuple):
@@ -106,7 +127,7 @@ class PrefillWorker:
         self.device = device
         self.buckets = list(buckets)
         self.graphs = StepGraphs(device, graph_pool)
-        max_rows = len(buffers.logits)
+        self._max_rows = max_rows = len(buffers.logits)
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._host = HostBuffers(device)
         self._num_rows = min(graph_rows, max_rows)
@@ -124,28 +145,28 @@ class PrefillWorker:
         """Compile the kernels for launches of every size and capture the graphs, over tokens that
         are not stored."""
         longest = len(self.buffers.hidden)
-        powers = [2**i for i in range(longest.bit_length()) if 2**i < longest]
-        # tiles change at powers of two; none is launched eagerly where the largest has a graph
-        for num_tokens in [] if longest in self.buckets else [*powers, longest]:
-            batch = self._padding_batch(num_tokens)
-            for segment in self._segments:
-                self._compute(batch, segment)
+        one_layer = Segment(range(1), True)  # all are alike
+        # none is launched eagerly where the largest has a graph
+        for lengths in [] if longest in self.buckets else warm_up_lengths(longest, self._max_rows):
+            self._compute(self._padding_batch(lengths), one_layer)
         for size in reversed(self.buckets):
             self._upload(size, {"cu_seqlens": [0]})
             for index in range(len(self._segments)):
                 self.graphs.run((size, index), self._padded_step)
 
-    def _padding_batch(self, num_tokens: int) -> PrefillBatch:
-        num_blocks = -(-num_tokens // self.kv_cache.block_size)
+    def _padding_batch(self, lengths: Sequence[int]) -> PrefillBatch:
+        """Chunks of these lengths, none of which is stored; a token is drawn for each."""
+        num_tokens, num_rows = sum(lengths), len(lengths)
+        ends = np.cumsum(lengths)
         columns: dict[str, Any] = {
-            "token_ids": [0] * num_tokens,
-            "positions": [0] * num_tokens,
-            "slot_mapping": [-1] * num_tokens,
-            "sampled_rows": [0],
-            "block_table": [[0] * num_blocks],
-            "context_lens": [num_tokens],
-            "cu_seqlens": [0, num_tokens],
-            **{name: [0] for name in SAMPLING},
+            "token_ids": np.zeros(num_tokens),
+            "positions": np.zeros(num_tokens),
+            "slot_mapping": np.full(num_tokens, -1),
+            "sampled_rows": ends - 1,
+            "block_table": np.zeros((num_rows, -(-max(lengths) // self.kv_cache.block_size))),
+            "context_lens": lengths,
+            "cu_seqlens": [0, *ends],
+            **{name: np.zeros(num_rows) for name in SAMPLING},
         }
         return PrefillBatch.of(columns, self._host)
 

@@ -137,8 +137,10 @@ def starts_early(num_tokens: int, width: int, depth: int, *, gated: bool) -> boo
     """Whether the product's programs had better start while the kernel before ends. Those that do
     take SMs in the order in which these come free, so that tiles of the same columns, which read
     the same weights at the same time, end up apart: a long product loses more by that than an early
-    start gains, as measured on a whole H100. Flat ones share no weights."""
-    size = num_tokens * ring_width(width, gated) * depth
+    start gains, as measured on a whole H100. Flat ones share no weights. A kernel is compiled for
+    either, so that this goes by whole tiles too."""
+    num_rows = cdiv(num_tokens, TALL_BLOCK_M) * TALL_BLOCK_M
+    size = num_rows * ring_width(width, gated) * depth
     return num_tokens <= TALL_BLOCK_M or size < LONG_PRODUCT
 
 

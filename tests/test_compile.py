@@ -1,4 +1,5 @@
-"""Every kernel compiles for sm_90 on this machine, GPU or not, as its launcher would launch it."""
+"""Every kernel compiles for sm_90 on this machine, GPU or not, as its launcher would launch it; and
+none that serving needs is left to be compiled while it serves."""
 
 import json
 import os
@@ -12,14 +13,18 @@ import kernels
 SHARED_BYTES = 227 * 1024  # what a block may hold on an H100
 
 
-def compile_all() -> list[dict]:
-    """One process of its own: Triton compiles nothing where it interprets."""
+def run_module(name: str, *arguments: str) -> list[dict]:
+    """The JSON lines of a process of its own: Triton compiles nothing where it interprets."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    jobs = max(2, (os.cpu_count() or 2) // 4)  # beside the other tests
-    command = [sys.executable, "-m", "tests.compile_kernels", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", f"tests.{name}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compile_all() -> list[dict]:
+    jobs = max(2, (os.cpu_count() or 2) // 4)  # beside the other tests
+    return run_module("compile_kernels", "--jobs", str(jobs))
 
 
 def wants_wgmma(report: dict) -> bool:
@@ -56,3 +61,10 @@ def test_every_kernel_compiles_without_spills_and_with_wgmma():
     }
     found = {f"{name}: {json.dumps(r)}" for name, bad in findings.items() for r in bad}
     assert not found, "\n".join(sorted(found))
+
+
+def test_no_prefill_compiles_a_kernel_behind_the_warm_up():
+    """Half a second in the middle of somebody's prompt. That of powers of two alone did not do."""
+    for case in run_module("compiled_late"):
+        assert case["warm_up_lengths"] == [], case
+        assert case["powers_of_two"], case

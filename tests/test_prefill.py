@@ -15,7 +15,14 @@ import kernels
 from engine import LLM, SamplingParams
 from engine.base_scheduler import PrefillChunk
 from engine.kv_cache import KVCache
-from engine.prefill import GRAPH_ROWS, TOKEN_BUCKETS, PrefillWorker, segments, token_buckets
+from engine.prefill import (
+    GRAPH_ROWS,
+    TOKEN_BUCKETS,
+    PrefillWorker,
+    segments,
+    token_buckets,
+    warm_up_lengths,
+)
 from engine.request import Request
 from experiments.shapes import SHAPES, write_config
 from kernels import reference
@@ -55,6 +62,33 @@ def test_segments_have_every_layer_in_turn_and_draw_last(num_layers, groups):
         if num_layers >= sum(groups):
             for part, group in zip(parts[:-1], groups, strict=True):
                 assert abs(len(part.layers) - num_layers * group / sum(groups)) < 1
+
+
+@given(max_tokens=st.integers(1, 20_000), max_rows=st.integers(1, 600))
+@example(max_tokens=1, max_rows=1)
+@example(max_tokens=66, max_rows=2)
+@example(max_tokens=65 * 64, max_rows=65)
+def test_warm_up_launches_are_ones_that_may_come(max_tokens, max_rows):
+    launches = warm_up_lengths(max_tokens, max_rows)
+    assert all(min(lengths) > 0 for lengths in launches)
+    assert max(map(sum, launches)) == max_tokens and max(map(len, launches)) <= max_rows
+    assert ([65, 1] in launches) == (max_tokens >= 66 and max_rows >= 2)
+    assert ([64] * 65 in launches) == (max_tokens >= 65 * 64 and max_rows >= 65)
+
+
+def test_a_warm_up_stores_nothing(folder):
+    """It runs before a cache is anybody's, and reads what nobody has written."""
+    bench = Bench(load(folder, reference), BUCKETS)
+    longest = len(bench.worker.buffers.hidden)
+    assert longest not in BUCKETS and len(warm_up_lengths(longest, MAX_ROWS)[-1]) > 1
+    bench.worker.warm_up()
+    assert bench.kv_cache.blocks.isnan().all()
+    bench.worker.buffers.hidden.fill_(float("nan"))
+    chunks = chunks_of([(0, 9, 0), (0, 4, 0)])
+    assert_near(
+        bench.launch(chunks, tables_of(chunks, 0))[1],
+        Bench(load(folder, reference), []).launch(chunks, tables_of(chunks, 0))[1],
+    )
 
 
 def on_gpu() -> bool:

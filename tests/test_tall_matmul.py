@@ -22,6 +22,7 @@ from kernels.tall_plan import (
     MAX_SIDE,
     PLAIN_TILES,
     READ_SIZE,
+    TALL_BLOCK_M,
     TIMED_DEPTH,
     Plan,
     choose_plan,
@@ -147,6 +148,25 @@ def test_tiles_are_shared_where_the_last_round_would_be_far_from_full(shape, num
 )
 def test_long_products_start_in_order(num_tokens, width, depth, gated, early):
     assert starts_early(num_tokens, width, depth, gated=gated) is early
+
+
+@given(
+    num_steps=st.integers(0, 300),
+    rest=st.integers(1, TALL_BLOCK_M),
+    width=st.integers(1, 100_000),
+    depth=st.sampled_from([1024, 2048, 4096, 12288]),
+    gated=st.booleans(),
+)
+@example(num_steps=33, rest=1, width=4096, depth=1024, gated=False)  # 9e9 at 2146 tokens
+def test_what_is_compiled_changes_with_whole_tiles_alone(num_steps, rest, width, depth, gated):
+    """So that an engine can warm up every kernel that it may come to."""
+    some, whole = num_steps * TALL_BLOCK_M + rest, (num_steps + 1) * TALL_BLOCK_M
+    options = {"gated": gated, "may_share": True}
+    assert choose_plan(some, width, depth, 132, **options) == choose_plan(
+        whole, width, depth, 132, **options
+    )
+    early = [starts_early(n, width, depth, gated=gated) for n in (some, whole)]
+    assert early[0] == early[1]
 
 
 class Grid:
