@@ -127,20 +127,8 @@ def judge(claim: Claim, run: dict[str, list[EngineReading]]) -> Finding:
             f"{over_one:.2f}x, {over_one / claim.speedup:.0%} of the {claim.speedup:.2f}x claimed; "
             f"two replicas took {seconds['replicas'] * 1e3:.0f} ms, "
             f"{seconds['one'] / seconds['replicas']:.2f}x of one device, "
-            f"so that PD is {over_replicas:.2f}x of them.{_more_at_a_time(run)}"
+            f"so that PD is {over_replicas:.2f}x of them."
         ),
-    )
-
-
-def _more_at_a_time(run: dict[str, list[EngineReading]]) -> str:
-    """That one device decoded fewer requests at a time than PD, which is part of the ratio where
-    there were more of them."""
-    one, pd = run["one"][0], run["pd"][0]
-    if one.max_num_seqs == pd.max_num_seqs or pd.requests <= one.max_num_seqs:
-        return ""
-    return (
-        f" One device had {one.max_num_seqs} of the {pd.requests} requests at a time, PD "
-        f"{pd.max_num_seqs}: part of the difference."
     )
 
 

@@ -48,18 +48,6 @@ def test_figures_are_ratios_of_times():
     assert (found.hardware, found.commit) == ("2 x H100", "abc")
 
 
-def test_one_device_with_fewer_requests_at_a_time_is_said():
-    """Where they were more than it had."""
-    run = run_of(LONG.workload, 2.0, 0.9, 1.0)
-    run = [replace(r, requests=300, max_num_seqs=512 if r.config == "pd" else 256) for r in run]
-    [found] = findings(run, "Qwen3-0.6B")
-    assert found.why.endswith(
-        "of them. One device had 256 of the 300 requests at a time, PD 512: part of the difference."
-    )
-    [found] = findings([replace(r, requests=256) for r in run], "Qwen3-0.6B")
-    assert found.why.endswith("of them.")
-
-
 def test_medians_of_the_newest_whole_run_count():
     old = run_of(LONG.workload, 8.0, 8.0, 1.0, date="2026-01-01")
     new = run_of(LONG.workload, 2.0, 1.0, 1.0)
