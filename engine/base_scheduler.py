@@ -182,13 +182,6 @@ class BaseScheduler(ABC):
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
-    def abort(self, request_id: int) -> Request | None:
-        """End an unfinished request and return it; None if there is no such request."""
-        request = self._find(request_id)
-        if request is not None:
-            self.finish(request, "abort")
-        return request
-
     def preempt(self, request: Request) -> None:
         """Take a request's blocks back and queue it where it arrived, to be computed anew."""
         self._release(request)

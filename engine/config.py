@@ -54,7 +54,7 @@ class EngineConfig:
     model: str  # a name that models.fetch knows, a folder or a hub name
     device: str = "auto"  # auto (cuda:0 if there is one, else cpu) | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto (the checkpoint's on a GPU, float32 on a CPU) | one of DTYPES
-    max_num_seqs: int = 256  # requests that hold KV blocks at a time
+    max_num_seqs: int = 256  # requests at a time that hold KV blocks; on two devices: that decode
     max_num_batched_tokens: int = 8192  # prompt tokens prefilled per step
     max_model_len: int | None = None  # tokens, prompt + generated; None: what model and cache allow
     block_size: int = 16  # tokens per KV block

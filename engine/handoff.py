@@ -75,11 +75,6 @@ class Copy:
             link.ops.copy_blocks(source, target, self._ids[0], self._ids[1])
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that it is about."""
-        return len(self._blocks[0])
-
-    @property
     def is_done(self) -> bool:
         """Whether source and target may be used by others, once no more is sent; asks the device,
         waits for nothing."""

@@ -25,7 +25,6 @@ class Family:
     num_kv_heads: int | None = 32  # None: as many as heads
     head_dim: int | None = None  # None: hidden_size / heads
     max_position_embeddings: int = 32768
-    bos_token_id: int | None = None
     eos_token_id: int | None = None
 
 
@@ -34,7 +33,6 @@ FAMILIES = {
         model_type="llama",
         num_kv_heads=None,
         max_position_embeddings=2048,
-        bos_token_id=1,
         eos_token_id=2,
     ),
     "Qwen2ForCausalLM": Family(model_type="qwen2", qkv_bias=True, o_bias=False),
@@ -54,7 +52,8 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES[1:]:
-            raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {self.rope_type!r}")
+            wanted = " or ".join(ROPE_TYPES[1:])
+            raise ValueError(f"rope_type must be {wanted}, got {self.rope_type!r}")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 "low_freq_factor must be less than high_freq_factor, got "
@@ -81,7 +80,6 @@ class ModelConfig:
     qk_norm: bool
     tie_word_embeddings: bool
     dtype: str  # the checkpoint's own, one of DTYPES
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -128,7 +126,6 @@ class ModelConfig:
         rope_theta, rope_scaling = _rope(fields, family)
         attention_bias = _flag(fields, "attention_bias")
         dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-        bos_token_id = fields.get("bos_token_id", family.bos_token_id)
         return cls(
             architecture=architecture,
             vocab_size=_size(fields, "vocab_size"),
@@ -147,7 +144,6 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
             dtype=str(dtype).removeprefix("torch."),
-            bos_token_id=bos_token_id,
             eos_token_ids=_token_ids({"eos_token_id": family.eos_token_id, **fields}),
         )
 

@@ -125,8 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
     def abort_one(self, request: Request) -> None:
         was_finished, reason = request.state is RequestState.FINISHED, request.finish_reason
         event(f"aborted while {request.state.name}")
-        aborted = self.engine.scheduler.abort(request.request_id)
-        assert aborted is (None if was_finished else request)
+        self.engine.scheduler.finish(request, "abort")
         assert request.finish_reason == (reason if was_finished else "abort")
 
     @invariant()

@@ -61,7 +61,6 @@ def test_blocks_arrive_and_all_else_stays(config, way, num_blocks, layers, ops, 
         copy.send(layers, so_far())
         copy.wait()
     assert copy.is_done
-    assert copy.num_blocks == num_blocks
     assert copy.num_bytes == sent[there, where].numel() * 2
     assert_same_bits(target.blocks, expected)
     assert_same_bits(source.blocks, sent)

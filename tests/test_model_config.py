@@ -57,7 +57,6 @@ def test_silent_fields_are_filled_as_transformers_fills_them(architecture, tmp_p
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.rope_scaling is None
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
-    assert config.bos_token_id == theirs.bos_token_id
     assert config.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert config.qkv_bias == (architecture == "Qwen2ForCausalLM")
     assert (config.o_bias, config.dtype) == (False, "float32")
@@ -73,14 +72,13 @@ def test_what_transformers_saves_is_read_back(architecture, rope, tmp_path):
         rope_parameters={**rope, "rope_theta": 5e5},
         tie_word_embeddings=True,
         eos_token_id=[7, 9],
-        bos_token_id=3,
         dtype=torch.bfloat16,
     )
     saved.save_pretrained(tmp_path)
     config = ModelConfig.from_folder(tmp_path)
     assert (config.rope_theta, config.dtype) == (5e5, "bfloat16")
     assert config.torch_dtype is torch.bfloat16
-    assert (config.eos_token_ids, config.bos_token_id) == ((7, 9), 3)
+    assert config.eos_token_ids == (7, 9)
     assert config.tie_word_embeddings
     assert (config.num_layers, config.group_size) == (2, 3)
     assert (config.rope_scaling is None) == (rope["rope_type"] == "default")
@@ -183,9 +181,10 @@ def test_hidden_size_must_divide_where_it_gives_head_dim():
         ModelConfig.from_dict(fields("LlamaForCausalLM", head_dim=..., hidden_size=100))
 
 
-def test_unknown_scaling_is_refused_by_the_dataclass_too():
-    with pytest.raises(ValueError, match="rope_type"):
-        RopeScaling(rope_type="dynamic", factor=2.0)
+@pytest.mark.parametrize("rope_type", ["dynamic", "default"])
+def test_unknown_scaling_is_refused_by_the_dataclass_too(rope_type):
+    with pytest.raises(ValueError, match=f"rope_type must be linear or llama3, got '{rope_type}'"):
+        RopeScaling(rope_type=rope_type, factor=2.0)
 
 
 def test_absent_folder_and_absent_file_are_named(tmp_path):

@@ -315,12 +315,11 @@ def test_newcomer_leaves_a_block_for_each_that_outgrew_its_promise() -> None:
 
 def test_full_backlog_pauses_prefill() -> None:
     engine = engine_of(max_decode_backlog=2)
-    for seed in range(4):
-        add(engine, 5, seed=seed)
+    first, *_ = [add(engine, 5, seed=seed) for seed in range(4)]
     prefill(engine)
     assert engine.scheduler.decode_backlog == 2 == engine.scheduler.num_waiting
     engine.start_copies()
-    engine.scheduler.abort(0)
+    engine.scheduler.finish(first, "abort")
     prefill(engine)  # the copy of an ended request counts still
     assert engine.scheduler.decode_backlog == 2 == engine.scheduler.num_waiting
     engine.end_copy(1)
@@ -447,7 +446,7 @@ def test_pressure_waits_for_a_copy_rather_than_take_its_blocks() -> None:
 def test_oldest_waits_for_the_copy_of_an_ended_request() -> None:
     engine = engine_of(num_decode_blocks=5, growth_tokens=0)
     first = start_decode(engine, 31, max_tokens=49)
-    engine.scheduler.abort(start_copy(engine, 31, seed=2).request_id)
+    engine.scheduler.finish(start_copy(engine, 31, seed=2), "abort")
     while engine.decode_turn():
         engine.collect(engine.decode_results)
     assert first.state is RequestState.DECODING
