@@ -2,6 +2,7 @@
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,13 +115,18 @@ class StepGraphs:
         return graph
 
 
+_COLLECTOR = threading.Lock()  # whether the collector runs is one flag for all threads
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A graph of an engine long gone, destroyed in the middle of a capture, would spoil it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    """A graph of an engine long gone, destroyed in the middle of a capture, would spoil it. Engines
+    that capture in several threads do it one after another."""
+    with _COLLECTOR:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()

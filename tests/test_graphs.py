@@ -1,5 +1,7 @@
 """Inputs that stay in place, and which call of a step is run, captured or replayed."""
 
+import gc
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.graphs import ALIGNMENT, StaticInputs, StepGraphs
+from engine.graphs import ALIGNMENT, StaticInputs, StepGraphs, _no_garbage_collection
 from tests.strategies import DEVICE
 
 FIELDS = {
@@ -161,3 +163,40 @@ def test_a_step_that_fails_is_not_captured(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         graphs.run(4, lambda size: size // 0)
     assert graphs.captured == {}
+
+
+def test_nothing_is_collected_until_the_last_of_two_captures_is_over():
+    """Engines may be built in two threads; the flag is one for both."""
+    first_is_in, first_may_end, seen = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with _no_garbage_collection():
+            first_is_in.set()
+            first_may_end.wait(10)
+
+    def second() -> None:
+        first_is_in.wait(10)
+        threading.Timer(0.05, first_may_end.set).start()  # while this one waits or captures
+        with _no_garbage_collection():
+            ended.wait(10)
+            seen.append(gc.isenabled())
+
+    ended = threading.Event()
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    assert gc.isenabled()
+    for thread in threads:
+        thread.start()
+    threads[0].join(20)
+    ended.set()
+    threads[1].join(20)
+    assert seen == [False] and gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError), _no_garbage_collection():
+            raise RuntimeError("a capture that breaks off")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
