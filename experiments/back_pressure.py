@@ -59,9 +59,10 @@ def measure(args: argparse.Namespace, folder: Path, config: str) -> Pressure:
         bounds = {"max_decode_backlog": args.requests, "pd_growth_tokens": 0}
     options: dict[str, Any] = {"load_format": "dummy", "block_size": BLOCK_SIZE} | bounds
     options |= {"num_kv_blocks": num_blocks, "prefill_kv_fraction": 1.0}
+    options |= {"max_num_seqs": args.requests}  # bound by blocks alone
     options |= {"max_model_len": args.prompt + args.output, "enable_prefix_caching": False}
     params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
-    with LLM(folder, **engine_options("pd", args.device, args.requests)[0], **options) as llm:
+    with LLM(folder, **engine_options("pd", args.device)[0], **options) as llm:
         start = time.perf_counter()
         outputs = llm.generate(burst.prompts, params)
         seconds, stats = time.perf_counter() - start, llm.stats()
