@@ -148,7 +148,10 @@ class PrefillWorker:
         one_layer = Segment(range(1), True)  # all are alike
         # none is launched eagerly where the largest has a graph
         for lengths in [] if longest in self.buckets else warm_up_lengths(longest, self._max_rows):
+            span = Span(self.device)
             self._compute(self._padding_batch(lengths), one_layer)
+            span.stop()
+            span.wait()  # else the host would be ahead by all of them, in pinned buffers of its own
         for size in reversed(self.buckets):
             self._upload(size, {"cu_seqlens": [0]})
             for index in range(len(self._segments)):
