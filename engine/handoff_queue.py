@@ -78,7 +78,7 @@ class HandoffQueue:
         for transfer in list(self._transfers):
             try:
                 is_done = all(copy.is_done for copy in transfer.copies)
-            except BaseException:
+            except Exception:  # Ctrl-C is none of it: the copy may still run
                 self._fail(transfer)
                 raise
             if is_done:
@@ -92,7 +92,7 @@ class HandoffQueue:
             try:
                 for copy in transfer.copies:
                     copy.wait()
-            except Exception:  # Ctrl-C is none of it: the copy still runs
+            except Exception:
                 self._fail(transfer)
                 raise
             self._end(transfer)

@@ -146,8 +146,9 @@ class PrefillWorker:
         are not stored."""
         longest = len(self.buffers.hidden)
         one_layer = Segment(range(1), True)  # all are alike
-        # none is launched eagerly where the largest has a graph
-        for lengths in [] if longest in self.buckets else warm_up_lengths(longest, self._max_rows):
+        # none is launched eagerly where the largest has a graph, of as many chunks as may come
+        has_graphs = longest in self.buckets and self._num_rows == self._max_rows
+        for lengths in [] if has_graphs else warm_up_lengths(longest, self._max_rows):
             span = Span(self.device)
             self._compute(self._padding_batch(lengths), one_layer)
             span.stop()

@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.source is not None:
             found = findings(read_engine_csv(args.source), args.model)
             kept = read_csv(args.csv) if args.csv.exists() else []
-            others = [f for f in kept if f.claim not in {claim.number for claim in CLAIMS}]
+            numbers = {claim.number for claim in CLAIMS}
+            others = [f for f in kept if f.claim not in numbers or f.model != args.model]
             write_csv(args.csv, found and found + others)
         print(table(read_csv(args.csv)))
     except ValueError as error:

@@ -115,15 +115,17 @@ def split_findings(rows: Rows, model: str, checks: Rows = ()) -> list[Finding]:
 
 def auto_losses(checks: Rows) -> dict[tuple[str, int, int, str], float]:
     """By model, batch, context and max_num_seqs: how much longer the chosen mode took than the
-    best. Rows of auto_check.csv: of each model those of the commit, GPU and depth read last."""
+    best. Rows of auto_check.csv: of each model and max_num_seqs those of the commit, GPU and depth
+    read last."""
     checks = list(checks)
-    newest: dict[str, Mapping[str, str]] = {}
+    newest: dict[tuple[str, str], Mapping[str, str]] = {}
     for row in checks:
-        if row["model"] not in newest or row["date"] >= newest[row["model"]]["date"]:
-            newest[row["model"]] = row
+        of_check = row["model"], row["max_num_seqs"]
+        if of_check not in newest or row["date"] >= newest[of_check]["date"]:
+            newest[of_check] = row
     of: dict[tuple[str, str], list[Checked]] = {}
     for row in checks:
-        last = newest[row["model"]]
+        last = newest[row["model"], row["max_num_seqs"]]
         if all(row[name] == last[name] for name in ("commit", "gpu", "num_layers")):
             one = replace(read_as(Checked, row), is_chosen=row["is_chosen"] == "True")
             of.setdefault((row["model"], row["max_num_seqs"]), []).append(one)

@@ -240,15 +240,22 @@ def findings(read: Mapping[tuple[str, int], Row], stamp: Mapping[str, str]) -> l
 
 
 def newest(path: Path, model: str) -> tuple[dict[tuple[str, int], Row], dict[str, str]]:
-    """The last row of each config and number of prompts that has the commit and GPU of the file's
-    last one, and that one's stamp. ValueError where there is none."""
+    """The last row of each config and number of prompts of the newest commit and GPU that can be
+    judged, and the last one's stamp: a run that was cut off says nothing. ValueError where there is
+    none."""
     columns = [*Row.__dataclass_fields__, *environment("cpu")]
     rows = [row for row in read_rows(path, columns) if row["model"] == model]
-    if not rows:
-        raise ValueError(f"{path} must hold rows of {model}, got none")
-    last = rows[-1]
-    same = [row for row in rows if (row["commit"], row["gpu"]) == (last["commit"], last["gpu"])]
-    return {(row["config"], int(row["prompts"])): read_as(Row, row) for row in same}, last
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        run = row["commit"], row["gpu"]
+        runs[run] = [*runs.pop(run, []), row]  # the one with the last row comes last
+    for same in reversed(runs.values()):
+        read = {(row["config"], int(row["prompts"])): read_as(Row, row) for row in same}
+        if Judge(read).is_whole:
+            return read, same[-1]
+    raise ValueError(
+        f"{path} must hold rows of {model} for one, pd and a split in one run, got {len(rows)} rows"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = findings(*newest(args.csv, args.model))
         found += _limits(args)
         kept = read_csv(args.claims) if args.claims.exists() else []
-        write_csv(args.claims, [f for f in kept if f.claim not in NUMBERS] + found)
+        others = [f for f in kept if f.claim not in NUMBERS or f.model != args.model]
+        write_csv(args.claims, others + found)
         print(table(read_csv(args.claims)))
     except ValueError as error:
         p.error(str(error))

@@ -7,6 +7,7 @@ every kernel that Triton would compile stops there: what matters is which it ask
 """
 
 import json
+import math
 import os
 import random
 import tempfile
@@ -38,8 +39,9 @@ from tests.compile_kernels import NUM_SMS, CrossDriver
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 MAX_TOKENS, MAX_ROWS, BLOCK_SIZE = 16384, 300, 16
 SMALL = {"num_hidden_layers": 1, "vocab_size": 40_000, "max_position_embeddings": MAX_TOKENS}
-CASES = [("Qwen3-0.6B", "NVIDIA H200"), ("Qwen3-0.6B", "NVIDIA H100 80GB HBM3")]
-CASES += [("Qwen3-4B", "NVIDIA H200")]
+CASES = [("Qwen3-0.6B", gpu, MAX_TOKENS) for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
+CASES += [("Qwen3-4B", "NVIDIA H200", MAX_TOKENS)]
+CASES += [("Qwen3-0.6B", "NVIDIA H200", 2048)]  # as many as a graph has, of few chunks
 NUM_LAUNCHES = 400
 
 
@@ -66,7 +68,7 @@ def compiling(gpu: str) -> Iterator[set[tuple[str, str]]]:
         yield asked
 
 
-def workers(model: str, folder: Path) -> tuple[PrefillWorker, DecodeWorker]:
+def workers(model: str, max_tokens: int, folder: Path) -> tuple[PrefillWorker, DecodeWorker]:
     """Those of an engine on one device, of one layer: all are alike."""
     config = ModelConfig.from_folder(write_config(model, folder, **SMALL))
     weights = dummy_weights(config, device=CPU, dtype=DTYPE)
@@ -77,8 +79,8 @@ def workers(model: str, folder: Path) -> tuple[PrefillWorker, DecodeWorker]:
         PrefillWorker(
             decoder,
             cache,
-            decoder.buffers(MAX_TOKENS, MAX_ROWS),
-            buckets=token_buckets(config, MAX_TOKENS),
+            decoder.buffers(max_tokens, MAX_ROWS),
+            buckets=token_buckets(config, max_tokens),
             **options,
         ),
         DecodeWorker(
@@ -87,28 +89,29 @@ def workers(model: str, folder: Path) -> tuple[PrefillWorker, DecodeWorker]:
     )
 
 
-def random_lengths(rng: random.Random) -> list[int]:
+def random_lengths(rng: random.Random, max_tokens: int) -> list[int]:
     """Of one launch's chunks: of all sizes, many short ones and few long ones alike."""
-    most = int(2 ** rng.uniform(0, 14))
-    room, lengths = int(2 ** rng.uniform(0, 14)), []
+    bits = math.log2(max_tokens)
+    most = int(2 ** rng.uniform(0, bits))
+    room, lengths = int(2 ** rng.uniform(0, bits)), []
     while room > 0 and len(lengths) < MAX_ROWS:
         lengths.append(rng.randint(1, min(most, room)))
         room -= lengths[-1]
     return lengths
 
 
-def compiled_late(model: str, gpu: str, sizes: Callable = warm_up_lengths) -> list[list]:
+def compiled_late(model: str, gpu: str, max_tokens: int, sizes: Callable) -> list[list]:
     """Kernels that a launch asks for first, each with that launch's tokens and chunks. sizes: of
     the launches that warm up."""
     found = []
     one_layer, rng = Segment(range(1), True), random.Random(f"{model} {gpu}")
     with tempfile.TemporaryDirectory() as folder, compiling(gpu) as asked:
-        worker, decode = workers(model, Path(folder))
+        worker, decode = workers(model, max_tokens, Path(folder))
         with patch.object(prefill, "warm_up_lengths", sizes):
             worker.warm_up()
         decode.warm_up()
         for _ in range(NUM_LAUNCHES):
-            lengths, before = random_lengths(rng), len(asked)
+            lengths, before = random_lengths(rng, max_tokens), len(asked)
             known = set(asked)
             worker._compute(worker._padding_batch(lengths), one_layer)
             if len(asked) > before:
@@ -123,12 +126,12 @@ def powers_of_two(max_tokens: int, max_rows: int) -> list[list[int]]:
 
 
 def main() -> None:
-    for model, gpu in CASES:
+    for model, gpu, max_tokens in CASES:
         found = {
-            sizes.__name__: compiled_late(model, gpu, sizes)
+            sizes.__name__: compiled_late(model, gpu, max_tokens, sizes)
             for sizes in (warm_up_lengths, powers_of_two)
         }
-        print(json.dumps({"model": model, "gpu": gpu} | found))
+        print(json.dumps({"model": model, "gpu": gpu, "max_tokens": max_tokens} | found))
 
 
 if __name__ == "__main__":

@@ -136,9 +136,11 @@ def test_a_copy_that_fails_is_reported_once_and_others_go_on(queue, way):
     assert queue.scheduler.done == [first, third] and len(queue.queue) == 0
 
 
-def test_an_interrupted_wait_leaves_the_copy_in_the_queue(queue):
+@pytest.mark.parametrize("way", ["poll", "wait"])
+def test_who_is_interrupted_leaves_the_copy_in_the_queue(queue, way):
+    """It may still run: its blocks must not be given to others."""
     queue.queue.start([handoff()], ())
     queue.copies[0].error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        queue.queue.wait()
+        getattr(queue.queue, way)()
     assert len(queue.queue) == 1 and not queue.scheduler.failed

@@ -10,7 +10,7 @@ from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
 from experiments.bench_pipeline import Row as StepRow
 from experiments.claims import read_csv, write_csv
-from experiments.harness import append_row
+from experiments.harness import RESULTS, append_row
 from experiments.pipeline_claims import ASKED, NUM_PROMPTS, Row, configs, findings, main, newest
 from tests.test_claims import LONG, run_of
 from tests.test_plot import STAMP
@@ -60,7 +60,9 @@ def test_a_split_that_was_not_had_does_not_count():
 
 def test_other_claims_stay(tmp_path, capsys):
     source, claims = tmp_path / "rows.csv", tmp_path / "claims.csv"
-    write_csv(claims, other_claims.findings(run_of(LONG.workload, 2.0, 0.9, 1.0), "Qwen3-0.6B"))
+    mine = other_claims.findings(run_of(LONG.workload, 2.0, 0.9, 1.0), "Qwen3-0.6B")
+    of_another = [replace(mine[0], model="Qwen3-8B", claim=number) for number in (1, 5)]
+    write_csv(claims, [*mine, *of_another])
     for row in rows(dict.fromkeys(SLOW, 9.0)):  # of an earlier commit
         append_row(source, asdict(row) | STAMP | {"commit": "old"})
     for row in rows(SLOW):
@@ -69,7 +71,7 @@ def test_other_claims_stay(tmp_path, capsys):
         others = ("--handoff", "--steps", "--checks", "--pressure")
         none = [part for name in others for part in (name, str(tmp_path / "none"))]
         main(["--csv", str(source), "--claims", str(claims), *none])
-    assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
+    assert [f.claim for f in read_csv(claims)] == [1, 1, 5, 5, 5, 6, 7, 8, 9]
     assert "| 5 | pipeline on PD, 4 prompts x 64, 48:84 | Qwen3-0.6B | 1.70x | 0.80x" in (
         capsys.readouterr().out
     )
@@ -77,7 +79,8 @@ def test_other_claims_stay(tmp_path, capsys):
     for reading in run_of(LONG.workload, 2.0, 0.9, 1.0):
         append_row(engine, asdict(reading))
     other_claims.main(["--from", str(engine), "--csv", str(claims)])
-    assert [f.claim for f in read_csv(claims)] == [1, 5, 5, 6, 7, 8, 9]
+    assert [f.claim for f in read_csv(claims)] == [1, 1, 5, 5, 5, 6, 7, 8, 9]
+    assert [f.model for f in read_csv(claims)].count("Qwen3-8B") == 2
     assert newest(source, "Qwen3-0.6B")[0]["pd", 4].tpot_ms == 2.0
 
 
@@ -188,9 +191,12 @@ def test_the_choices_of_auto_are_judged_by_longer_readings():
         check("serial", 10.0, is_chosen=True, date="2020-01-01 00:00", commit="old"),
         check("48:84", 5.0, date="2020-01-01 00:00", commit="old"),
     ]
+    later = {"max_num_seqs": "512", "date": "2099-01-01 00:00", "commit": "new"}
+    checks += [check("serial", 10.0, is_chosen=True, batch=256, **later)]  # hides no other size
+    checks += [check("48:84", 11.0, batch=256, **later)]
     (found,) = lifted_limits.split_findings(steps, "Qwen3-0.6B", checks)
     assert found.verdict == "lifted"
-    assert "at most 1.0% longer (Qwen3-8B, 512 x 128)" in found.why and "in 4 of" in found.why
+    assert "at most 1.0% longer (Qwen3-8B, 512 x 128)" in found.why and "in 5 of" in found.why
     more = [*checks, check("64:68", 9.7, **small)]
     (found,) = lifted_limits.split_findings(steps, "Qwen3-0.6B", more)
     assert found.verdict == "stands" and "at most 3.1% longer (Qwen3-4B" in found.why
@@ -208,6 +214,29 @@ def test_a_burst_says_whether_prefill_is_held_back():
     (found,) = lifted_limits.pressure_findings([over, free], "Qwen3-0.6B")
     assert found.verdict == "stands"
     assert lifted_limits.pressure_findings([row], "Qwen3-0.6B") == []
+
+
+def test_a_run_that_was_cut_off_says_nothing(tmp_path):
+    """The newest that is whole does, wherever its last row stands."""
+    source, cut = tmp_path / "rows.csv", [row for row in rows(SLOW) if row.config == "one"]
+    for row in cut:
+        append_row(source, asdict(row) | STAMP | {"commit": "cut"})
+    with pytest.raises(ValueError, match="for one, pd and a split in one run, got 5 rows"):
+        newest(source, "Qwen3-0.6B")
+    for row in rows(SLOW):
+        append_row(source, asdict(row) | STAMP)
+    for row in cut:
+        append_row(source, asdict(row) | STAMP | {"commit": "cut later"})
+    read, stamp = newest(source, "Qwen3-0.6B")
+    assert stamp["commit"] == STAMP["commit"] and len(read) == len(rows(SLOW))
+
+
+def test_the_committed_claims_follow_from_the_committed_rows(tmp_path):
+    committed, made = RESULTS / "claims.csv", tmp_path / "claims.csv"
+    made.write_text(committed.read_text())
+    main(["--claims", str(made)])
+    other_claims.main(["--from", str(RESULTS / "engine.csv"), "--csv", str(made)])
+    assert made.read_text() == committed.read_text()
 
 
 def test_without_rows_or_gpus_nothing_is_written(tmp_path, capsys, monkeypatch):
