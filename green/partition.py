@@ -4,7 +4,7 @@ Pure arithmetic, of what CUDA's guide says about the grain and what a driver did
 a device really granted, `streams` reads back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -16,6 +16,11 @@ class Grain:
 
     least: int  # SMs of the smallest partition
     step: int  # SMs: every partition but the rest is a multiple
+
+    def of_pieces(self, num_pieces: int) -> int:
+        """SMs of which so many pieces that are cut out are multiples. One is cut as it is; several
+        are put together from equal groups, each of which is a partition itself."""
+        return self.step if num_pieces <= 1 else -(-self.least // self.step) * self.step
 
 
 # by major compute capability, the later ones like 9; as in CUDA's guide to green contexts
@@ -41,25 +46,23 @@ def legal_splits(
     if num_stages < 1:
         raise ValueError(f"num_stages must be 1 or more, got {num_stages}")
     of_device = grain(capability)
-    sizes = [n for n in range(of_device.step, num_sms + 1, of_device.step) if n >= of_device.least]
-    in_groups = _in_groups(num_sms, of_device)
-    # one stage is cut in one piece; several are put together from groups of the grain's size
-    found = {
-        split
-        for split in product(sizes, repeat=num_stages)
-        if sum(split) <= (in_groups if num_stages > 1 else num_sms)
-    }
-    for others in product(sizes, repeat=num_stages - 1):
+    found = set(_cut_out(num_sms, of_device, num_stages))
+    for others in _cut_out(num_sms, of_device, num_stages - 1):
         rest = num_sms - sum(others)
-        if rest >= of_device.least and (num_stages <= 2 or sum(others) <= in_groups):
+        if rest >= of_device.least:
             found |= {(*others[:i], rest, *others[i:]) for i in range(num_stages)}
     return tuple(sorted(found))
 
 
-def _in_groups(num_sms: int, of_device: Grain) -> int:
-    """SMs that groups of the grain's size cover for sure: of 132 SMs a driver made 15 groups of 8,
-    not 16, for a group does not straddle what it shares."""
-    return (num_sms // of_device.step - 1) * of_device.step
+def _cut_out(num_sms: int, of_device: Grain, num_pieces: int) -> Iterator[tuple[int, ...]]:
+    """SMs of so many pieces, each cut out. Of 132 SMs a driver made 15 groups of 8, not 16, for a
+    group does not straddle what it shares: all but one of the groups are there for sure."""
+    step = of_device.of_pieces(num_pieces)
+    most = num_sms if num_pieces <= 1 else (num_sms // step - 1) * step
+    sizes = [n for n in range(step, num_sms + 1, step) if n >= of_device.least]
+    for pieces in product(sizes, repeat=num_pieces):
+        if sum(pieces) <= most:
+            yield pieces
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Partition:
     asked: tuple[int, ...]
     granted: tuple[int, ...]
     num_sms: int  # of the whole device
-    step: int  # SMs: the device's grain
+    grain: Grain
 
     @classmethod
     def of(cls, asked: Sequence[int], num_sms: int, capability: tuple[int, int]) -> "Partition":
@@ -79,7 +82,8 @@ class Partition:
         gets the rest. ValueError where a count is below the smallest partition, and where together
         they are more than the device has.
         """
-        asked, least, step = tuple(asked), grain(capability).least, grain(capability).step
+        asked, of_device = tuple(asked), grain(capability)
+        least, step = of_device.least, of_device.of_pieces(len(asked))
         if not asked or min(asked) < least:
             raise ValueError(f"asked must be {least} or more SMs for each stage, got {asked}")
         if sum(asked) > num_sms:
@@ -95,14 +99,15 @@ class Partition:
             return short, excess, ragged, split
 
         splits = legal_splits(num_sms, capability, len(asked))
-        return cls(asked, min(splits, key=cost), num_sms, step)
+        return cls(asked, min(splits, key=cost), num_sms, of_device)
 
     @property
     def rest(self) -> int | None:
         """The stage that gets all that the others leave; None where each is cut out by itself."""
         if len(self.granted) == 1 or self.idle_sms:
             return None
-        ragged = [i for i, n in enumerate(self.granted) if n % self.step]
+        step = self.grain.of_pieces(len(self.granted) - 1)
+        ragged = [i for i, n in enumerate(self.granted) if n % step]
         return ragged[0] if ragged else len(self.granted) - 1
 
     @property
@@ -114,7 +119,7 @@ class Partition:
     def group_sms(self) -> int:
         """SMs in each of the equal groups that the device is cut into."""
         cut_out = [n for i, n in enumerate(self.granted) if i != self.rest]
-        return cut_out[0] if len(cut_out) == 1 else self.step
+        return cut_out[0] if len(cut_out) == 1 else self.grain.of_pieces(len(cut_out))
 
     @property
     def num_groups(self) -> tuple[int, ...]:

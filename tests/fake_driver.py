@@ -10,7 +10,7 @@ from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
-GROUP = 8  # SMs
+from green.partition import GRAINS, Grain
 
 
 class Code(IntEnum):
@@ -32,9 +32,10 @@ class FakeDriver:
     """One device of num_sms. fails_at: (call, how often it is let through, code)."""
 
     num_sms: int = 132
+    grain: Grain = GRAINS[9]  # to which it rounds up what a group is asked to have
     version: int = 13000
     fails_at: tuple[str, int, Code] | None = None
-    groups_made: int = 15  # at most, of the smallest
+    groups_made: int | None = None  # at most, of the smallest; None: all but one
     calls: list[str] = field(default_factory=list)
     codes: list[Code] = field(default_factory=list)  # but for the one that is asked for
     contexts: dict[int, list[int]] = field(default_factory=dict)  # handle -> SMs
@@ -73,8 +74,10 @@ class FakeDriver:
     def cuDevSmResourceSplitByCount(self, count: int, whole: Any, flags: int, least: int) -> tuple:
         if least > whole.sm.smCount or flags:
             return Code.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION, None, 0, None
-        size = min(-(-least // GROUP) * GROUP, whole.sm.smCount)
-        made = min(count, whole.sm.smCount // size, self.groups_made)
+        step = self.grain.step
+        size = min(max(-(-least // step) * step, self.grain.least), whole.sm.smCount)
+        most = self.groups_made or whole.sm.smCount // max(self.grain.least, step) - 1
+        made = min(count, whole.sm.smCount // size, most or 1)
         groups = [resource(whole.sms[i * size : (i + 1) * size]) for i in range(made)]
         groups += [resource([])] * (count - made)  # the driver's array is as long as was asked
         return Code.CUDA_SUCCESS, groups, made, resource(whole.sms[made * size :])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from green.driver import GreenContextError, GreenContextUnsupported, load_driver
-from green.partition import Partition, legal_splits
+from green.partition import Grain, Partition, legal_splits
 from green.probe import are_concurrent, launch_records, record_launch, recorded_sms
 from green.streams import GreenStreams
 from tests.strategies import DEVICE
@@ -182,7 +182,7 @@ def test_closed_partitions_keep_no_more_than_the_driver_does():
 
 def test_the_driver_says_what_it_cannot_split():
     beyond = num_sms() + 1
-    impossible = Partition(asked=(beyond,), granted=(beyond,), num_sms=beyond, step=1)
+    impossible = Partition(asked=(beyond,), granted=(beyond,), num_sms=beyond, grain=Grain(1, 1))
     with pytest.raises(GreenContextError, match="cuDevSmResourceSplitByCount failed") as caught:
         GreenStreams(impossible, DEVICE)
     assert caught.value.code == 915 and not isinstance(caught.value, GreenContextUnsupported)

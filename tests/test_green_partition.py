@@ -61,6 +61,20 @@ def test_how_a_device_is_cut():
     assert cut(16, 32, 84) == (8, (2, 4, 0))
 
 
+def test_groups_are_no_smaller_than_a_partition_may_be():
+    """An A100 has partitions of 4 SMs and more, in steps of 2: 3 groups of 2 would be of 4 each."""
+
+    def cut(*asked: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+        partition = Partition.of(asked, 108, (8, 0))
+        return partition.granted, partition.group_sms, partition.num_groups
+
+    assert cut(16, 16) == ((16, 16), 4, (4, 4))
+    assert cut(6, 10) == ((8, 12), 4, (2, 3))
+    assert cut(18, 90) == ((18, 90), 18, (1, 0)), "one piece may have any step"
+    assert cut(8, 12, 88) == ((8, 12, 88), 4, (2, 3, 0))
+    assert cut(8, 10, 60) == ((8, 12, 60), 4, (2, 3, 15))
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

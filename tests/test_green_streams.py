@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from green import driver as driver_module
 from green import streams as streams_module
 from green.driver import Driver, GreenContextError, GreenContextUnsupported, load_driver
-from green.partition import Partition, legal_splits
+from green.partition import Grain, Partition, grain, legal_splits
 from green.streams import GreenStreams
 from tests.fake_driver import Code, FakeDriver
 
@@ -42,9 +42,11 @@ def hopper(monkeypatch) -> None:
 
 
 def with_fake(fake: FakeDriver, asked=(48, 84)) -> GreenStreams:
-    """The same as `GreenStreams.of` on a machine with that driver."""
+    """The same as `GreenStreams.of` on a machine with that driver, or of a Partition."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams_module, "load_driver", lambda: _checked(fake))
+        if isinstance(asked, Partition):
+            return GreenStreams(asked, "cuda")
         return GreenStreams.of(asked, "cuda")
 
 
@@ -76,10 +78,18 @@ def test_the_device_is_waited_for_before_anything_ends(monkeypatch):
     assert fake.calls[-5:] == ["wait"] + ["cuStreamDestroy"] * 2 + ["cuGreenCtxDestroy"] * 2
 
 
-@given(st.sampled_from(legal_splits(132, HOPPER)) | st.sampled_from(legal_splits(132, HOPPER, 3)))
-def test_stages_have_sms_of_their_own(asked):
-    fake = FakeDriver()
-    with with_fake(fake, asked) as green:
+DEVICES = [((9, 0), 132), ((8, 0), 108), ((8, 6), 28), ((7, 0), 20)]  # and SMs
+
+
+@given(st.sampled_from(DEVICES), st.integers(1, 3), st.data())
+def test_stages_have_sms_of_their_own(device, num_stages, data):
+    capability, num_sms = device
+    if num_stages == 3 and num_sms == 108:
+        num_sms = 36  # their number grows with the cube
+    asked = data.draw(st.sampled_from(legal_splits(num_sms, capability, num_stages)))
+    fake = FakeDriver(num_sms=num_sms, grain=grain(capability))
+    partition = Partition.of(asked, num_sms, capability)
+    with with_fake(fake, partition) as green:
         sets = [set(sms) for sms in fake.contexts.values()]
         assert tuple(map(len, sets)) == green.granted == asked
         assert sum(map(len, sets)) == len(set().union(*sets))
@@ -141,7 +151,7 @@ def test_a_driver_that_makes_too_few_groups():
 
 def test_sms_that_the_driver_cannot_split_are_its_error():
     fake = FakeDriver()
-    beyond = Partition(asked=(133,), granted=(133,), num_sms=133, step=1)
+    beyond = Partition(asked=(133,), granted=(133,), num_sms=133, grain=Grain(1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams_module, "load_driver", lambda: Driver(fake))
         with pytest.raises(GreenContextError, match="legal_splits") as caught:
