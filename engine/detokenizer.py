@@ -35,9 +35,9 @@ class Detokenizer:
         self.stopped: str | None = None  # the stop string that was found
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._window = list(prompt_token_ids[-WINDOW:])
+        self._window: list[int] = []
         self._num_context = 0  # tokens of the window before the newest whole character
-        text = self._decode()
+        text = self._begin(prompt_token_ids)
         # characters of the window's text passed on: a prompt of tokens may end in half a one
         self._num_read = len(text if is_text else text.rstrip(INCOMPLETE))
         self._is_new = False  # whether there was a token yet
@@ -61,20 +61,43 @@ class Detokenizer:
         """Take the last tokens; return their text and what was held back. Bytes that never became
         a character show as U+FFFD.
 
-        They cost one decode, so that all of a text does for which nobody waits before its end.
+        They cost one decode, so that all of a text does for which nobody waits before its end; a
+        few more where it ends in the middle of a character.
         """
         self._is_new |= bool(token_ids)
         if self._tokenizer is None or self.stopped is not None or not self._is_new:
             return ""
         self._window.extend(token_ids)
-        new = self._decode()[self._num_read :]
+        new = self._decode_end()[self._num_read :]
         self._num_read += len(new)
         return self._show(new, is_end=True)
 
-    def _decode(self) -> str:
+    def _begin(self, prompt_token_ids: Sequence[int]) -> str:
+        """The window of a prompt and its text. It begins with a whole character, where there is
+        one: decoders that fall back to bytes make nothing of a run of them that begins in one."""
+        for size in range(WINDOW, WINDOW + MAX_INCOMPLETE + 1):
+            self._window = list(prompt_token_ids[-size:])
+            text = self._decode()
+            if not text.startswith(INCOMPLETE):
+                break
+        return text
+
+    def _decode(self, num_left_out: int = 0) -> str:
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(self._window, skip_special_tokens=True)
+        token_ids = self._window[: len(self._window) - num_left_out]
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _decode_end(self) -> str:
+        """The window's text, to which nothing will be added. Such decoders make nothing of a run
+        that ends in a character either: without its last bytes it may be text."""
+        text = self._decode()
+        if text.endswith(INCOMPLETE):
+            for num_left_out in range(1, min(MAX_INCOMPLETE, len(self._window)) + 1):
+                whole = self._decode(num_left_out)
+                if not whole.endswith(INCOMPLETE):
+                    return text if text.startswith(whole) else whole + INCOMPLETE
+        return text
 
     def _read(self) -> str:
         """Decode the window; return its new text up to an incomplete character."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -78,7 +79,7 @@ class LLM:
         devices = self.config.resolve_two_devices() or (self.config.resolve_device(),)
         self.config.resolve_kernels(devices[0])
         check_stage_sms(self.config, devices[-1])
-        folder = resolve(self.config.model)
+        folder = resolve(model if isinstance(model, str) else Path(model))
         self.model_config = ModelConfig.from_folder(folder)
         self.tokenizer = load_tokenizer(folder)
         kind = Core if len(devices) == 1 else PDCore
@@ -88,8 +89,8 @@ class LLM:
         self._jobs: dict[int, _Job] = {}
         self._touched: dict[object, dict[int, _Job]] = {}  # owner -> jobs with something new
         self._ids = itertools.count()
-        self._is_stepping = False
-        self._given_up: list[_Job] = []  # while a step was under way
+        self._is_busy = False
+        self._given_up: list[Sequence[_Job]] = []  # by calls that ended meanwhile
         self._seeds = random.Random(self.config.seed)
 
     def __enter__(self) -> "LLM":
@@ -108,8 +109,9 @@ class LLM:
         if self._core is None:
             return
         try:
-            for job in list(self._jobs.values()):
-                self._drop(job)
+            with self._undisturbed():
+                for job in list(self._jobs.values()):
+                    self._drop(job)
         finally:
             core, self._core = self._core, None
             self._touched.clear()
@@ -191,8 +193,9 @@ class LLM:
         core, job = self._require_core(), self._jobs.get(request_id)
         if job is None or job.request.state is RequestState.FINISHED:
             return False
-        core.finish(job.request, "abort")
-        self._end_text(job)
+        with self._undisturbed():
+            core.finish(job.request, "abort")
+            self._end_text(job)
         return True
 
     def is_finished(self) -> bool:
@@ -269,19 +272,13 @@ class LLM:
     def _advance(self, owner: object) -> list[Output]:
         """One step; returns what is new for this owner and keeps what is new for others."""
         core = self._require_core()
-        with deferred():
-            self._is_stepping = True
+        with deferred(), self._undisturbed():
             try:
                 ended = core.step(self._on_token)
             except BaseException:
                 self._end_texts(core.take_ended())
                 raise
-            finally:
-                self._is_stepping = False
-                given_up, self._given_up = self._given_up, []
-                for job in given_up:
-                    self._drop_all([job])
-            self._end_texts([r for r in ended if r.request_id in self._jobs])
+            self._end_texts(ended)
         touched = self._touched.pop(owner, {})
         for request_id, job in touched.items():
             if job.request.state is RequestState.FINISHED:
@@ -336,18 +333,30 @@ class LLM:
 
     def _drop_all(self, jobs: Sequence[_Job]) -> None:
         """Forget the requests of one call. Where no other is left, nobody may step any more: copies
-        of theirs that are in flight are waited for, or they would keep their blocks. In the middle
-        of a step, where garbage collection may close a stream, they are forgotten behind it."""
-        if self._is_stepping:
-            self._given_up += jobs
+        of theirs that are in flight are waited for, or they would keep their blocks."""
+        if self._is_busy:
+            self._given_up.append(jobs)
             return
-        self._touched.pop(jobs[0].owner if jobs else None, None)
-        if self._core is None:
-            return
-        for job in jobs:
-            self._drop(job)
-        if self._core.is_idle:
-            self._core.drain()
+        with self._undisturbed():
+            self._touched.pop(jobs[0].owner if jobs else None, None)
+            if self._core is None:
+                return
+            for job in jobs:
+                self._drop(job)
+            if self._core.is_idle:
+                self._core.drain()
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Within, requests may be in the middle of anything: those of streams that garbage
+        collection closes meanwhile are forgotten behind it."""
+        was_busy, self._is_busy = self._is_busy, True
+        try:
+            yield
+        finally:
+            self._is_busy = was_busy
+            while self._given_up and not was_busy:
+                self._drop_all(self._given_up.pop())
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

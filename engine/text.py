@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from models.fetch import TOKENIZER_FILES
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -33,7 +33,7 @@ def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> array:
     """Token ids, int64, of a prompt that is text or token ids already.
 
     Raises ValueError for an empty prompt, a token id out of the vocabulary, text where there is no
-    tokenizer, or anything else.
+    tokenizer or that is not Unicode, or anything else.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -41,6 +41,7 @@ def encode_prompt(prompt: Any, tokenizer: Any | None, vocab_size: int) -> array:
                 "prompt must be token ids, for the checkpoint has no tokenizer files, "
                 f"got {prompt!r:.80}"
             )
+        _require_text("prompt", prompt)
         token_ids = _token_ids(tokenizer.encode(prompt), vocab_size)
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
         token_ids = _token_ids(prompt, vocab_size)
@@ -73,10 +74,21 @@ def _token_id(value: Any, vocab_size: int) -> int:
 def chat_token_ids(message: str, tokenizer: Any | None) -> list[int]:
     """Token ids of one user message in the checkpoint's chat template.
 
-    Raises ValueError where the checkpoint has no tokenizer or no template.
+    Raises ValueError where the checkpoint has no tokenizer or no template, or the message is not
+    text.
     """
+    _require_text("message", message)
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("chat needs a checkpoint with a tokenizer and a chat template")
     messages = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _require_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, as Python makes of bytes of no text
+        raise ValueError(f"{name} must be Unicode text, got {text!r:.80}: {error}") from None

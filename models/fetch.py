@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -32,17 +32,23 @@ FOLDER_FILES = (
     "chat_template.jinja",
     "model.safetensors",
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one is enough
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 UNDERSTOOD = 'a checkpoint folder, "smollm2", or a hub name such as "Qwen/Qwen3-0.6B"'
 
 
 def resolve(name: str | Path) -> Path:
     """The folder of a checkpoint: a folder as it is, "smollm2" or a hub name fetched once."""
-    folder = Path(name).expanduser()
     if name == "":  # Path("") would be the current folder
         raise ValueError(f"model must be {UNDERSTOOD}, got an empty name")
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # too long a name, nobody's home
+        raise FileNotFoundError(
+            f"no such checkpoint folder: {name!s:.200}: {error}; wanted {UNDERSTOOD}"
+        ) from None
     if isinstance(name, Path) or _looks_like_path(name):
         raise FileNotFoundError(f"no such checkpoint folder: {name}; wanted {UNDERSTOOD}")
     if name.lower() == "smollm2":
@@ -245,16 +251,20 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
-    """What huggingface_hub has on this machine, else what it can download."""
+    """What huggingface_hub has on this machine, else what it can download. Where another program
+    fetched the model alone, it is asked for the tokenizer, and the model does without one."""
     from huggingface_hub import snapshot_download
 
-    try:
-        return _checked(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-    except FileNotFoundError:
-        pass  # nothing of it there, or only a part
+    kept = None
+    with suppress(FileNotFoundError):  # nothing of it there, or only a part
+        kept = _checked(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        if any((kept / file).is_file() for file in TOKENIZER_FILES):
+            return kept
     try:
         return _checked(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # httpx, xet and the hub each have their own
+        if kept is not None:
+            return kept
         raise FileNotFoundError(
             f"{name} is no folder here, it is not whole in the hub's cache, and downloading it "
             f"failed with {type(error).__name__}: {error}\nFetch it where there is a network and "

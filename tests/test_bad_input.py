@@ -1,6 +1,7 @@
 """What is wrong is refused by name before work starts; what else is running does not notice."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ BAD_PROMPTS = {
     "bool": ([[True]], "prompt must have token ids from 0 to 256, got True"),
     "text in token ids": ([[1, "a"]], "prompt must have token ids from 0 to 256, got 'a'"),
     "bytes": ([b"abc"], "prompt must be a string or token ids, got bytes"),
+    "a lone surrogate": ("ab\udcff", "prompt must be Unicode text, got 'ab\\udcff'"),
     "nested": ([[[1]]], "prompt must have token ids from 0 to 256, got [1]"),
 }
 
@@ -222,6 +224,9 @@ def test_a_folder_that_is_not_there_or_no_checkpoint(tmp_path):
         open_llm(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         open_llm(tmp_path)
+    for name in ("smollm2", "org/name"):  # a Path is never a name
+        with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+            open_llm(Path(name))
     with pytest.raises(ValueError, match="model must be a name or a folder, got ''"):
         open_llm("")
     with pytest.raises(
@@ -273,3 +278,16 @@ def test_a_refused_llm_holds_no_memory_and_the_next_one_works(folder, tmp_path):
             LLM(folder, device="cpu", num_kv_blocks=8, max_model_len=10**6)
     with small_llm(folder) as llm:
         assert llm.generate([[NUM_BYTES - 1]], greedy(2, ignore_eos=True))
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("ab\ud800", r"message must be Unicode text, got 'ab\\ud800'"),
+        (5, "message must be a string, got int"),
+        (None, "message must be a string, got NoneType"),
+    ],
+)
+def test_a_chat_message_that_is_no_text(llm, message, says):
+    with pytest.raises(ValueError, match=says):
+        llm.chat_prompt(message)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,15 @@ def test_as_a_command(speaker):
     result = engine(">", "--model", speaker, *GREEDY)
     assert (result.returncode, result.stdout) == (0, ANSWER + "\n"), result.stderr
     assert result.stderr == ""
+
+
+def test_a_reader_that_has_had_enough_is_no_error(speaker):
+    command = [sys.executable, "-m", "engine", ">", "--model", speaker, *SMALL]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, encoding="utf-8", **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_as_a_command_that_fails():

@@ -6,7 +6,7 @@ from codecs import getincrementaldecoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.detokenizer import WINDOW, Detokenizer
+from engine.detokenizer import MAX_INCOMPLETE, WINDOW, Detokenizer
 
 SPECIAL = b""  # decodes to nothing when special tokens are skipped
 
@@ -162,7 +162,7 @@ def test_any_bytes_cost_a_bounded_window(tokens: list[bytes]) -> None:
     run(detokenizer, len(tokens))
     assert detokenizer.text == b"".join(tokens).decode("utf-8", "replace")
     assert max(tokenizer.num_decoded) <= 3 * WINDOW + 2
-    assert len(tokenizer.num_decoded) <= 2 * len(tokens) + 3
+    assert len(tokenizer.num_decoded) <= 2 * len(tokens) + 3 + MAX_INCOMPLETE
 
 
 def test_many_special_tokens_cost_a_bounded_window() -> None:
@@ -193,6 +193,39 @@ def test_byte_fallback_runs(text: str, data: st.DataObject) -> None:
         tokens += [bytes([b]) for b in word_bytes] if is_run else [word_bytes]
     run(detokenizer := Detokenizer(ByteFallbackTokenizer(tokens)), len(tokens))
     assert detokenizer.text == text
+
+
+runs = st.text("ab 語日éß😀", min_size=1, max_size=12)
+
+
+@given(prompt=runs, text=runs, is_text=st.booleans(), num_pushed=st.integers(0, 50))
+@example(prompt="a 語語語", text="語語b", is_text=True, num_pushed=50)
+@example(prompt="😀😀😀", text="😀", is_text=False, num_pushed=0)
+def test_a_run_of_bytes_goes_on_from_the_prompt(prompt, text, is_text, num_pushed) -> None:
+    """Where the window begins in a character the run is no text, whatever comes."""
+    tokens = [bytes([b]) for b in (prompt + text).encode()]
+    ids = range(len(tokens))
+    first = len(prompt.encode())
+    detokenizer = Detokenizer(ByteFallbackTokenizer(tokens), (), ids[:first], is_text=is_text)
+    for i in ids[first : first + num_pushed]:
+        detokenizer.push(i)
+    detokenizer.finish(*ids[first + num_pushed :])
+    assert detokenizer.text == text
+
+
+@given(text=runs, last=st.sampled_from("語é😀"), data=st.data())
+@example(text="xx語語語", last="語", data=None)
+def test_an_end_in_a_character_costs_that_character_alone(text, last, data) -> None:
+    num_bytes = len(last.encode())
+    num_left = 1 if data is None else data.draw(st.integers(1, num_bytes - 1))
+    tokens = [bytes([b]) for b in (text + last).encode()][:-num_left]
+    num_pushed = len(tokens) if data is None else data.draw(st.integers(0, len(tokens)))
+    detokenizer = Detokenizer(ByteFallbackTokenizer(tokens))
+    for i in range(num_pushed):
+        detokenizer.push(i)
+    detokenizer.finish(*range(num_pushed, len(tokens)))
+    assert detokenizer.text.rstrip("\ufffd") == text
+    assert 1 <= len(detokenizer.text) - len(text) <= num_bytes - num_left
 
 
 def test_held_back_text_comes_at_the_end() -> None:

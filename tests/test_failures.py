@@ -14,7 +14,7 @@ from engine.request import Request, RequestState
 from engine.scheduler import Scheduler
 from tests.checkpoints import save_random, save_speaker
 from tests.test_detokenizer import ByteTokenizer
-from tests.test_llm import PIECES, fail, greedy, small_llm
+from tests.test_llm import PIECES, fail, greedy, run_all, small_llm
 
 LONG, SHORT = greedy(60, ignore_eos=True), greedy(3, ignore_eos=True)
 MANY = 300  # steps, more than any request here takes
@@ -305,6 +305,34 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step_leaves_the_others(speak
     assert llm.generate([0], params)[0]["token_ids"] == wanted
     assert was_there[0] and not was_there[-1]
     assert not llm._jobs and llm.is_finished()
+
+
+@pytest.mark.parametrize("where", ["finish", "_end_texts", "_drop"])
+def test_a_stream_that_is_closed_in_the_middle_of_anything_is_dropped_behind_it(
+    speaker, monkeypatch, where
+):
+    """Of an abort, of the end of a step, of another call's end: blocks are half given back."""
+    llm = speaker
+    aborted = llm.add_request([0], LONG)
+    dropped, other = llm.stream([0], LONG), llm.stream([0], LONG)
+    next(dropped)
+    (dropped_id,) = set(llm._jobs) - {aborted}
+    next(other)
+    home = llm._core if where == "finish" else llm
+    wrapped, was_there = getattr(home, where), []
+
+    def closing(*args):
+        dropped.close()
+        was_there.append(dropped_id in llm._jobs)
+        return wrapped(*args)
+
+    monkeypatch.setattr(home, where, closing)
+    {"finish": lambda: llm.abort(aborted), "_end_texts": llm.step, "_drop": other.close}[where]()
+    assert was_there[0] and dropped_id not in llm._jobs
+    other.close()
+    llm.abort(aborted)
+    run_all(llm)
+    assert not llm._jobs
 
 
 def test_a_request_that_cannot_be_dropped_does_not_keep_the_core_open(ids_folder, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -330,6 +331,30 @@ def test_half_a_cached_snapshot_is_not_taken_for_whole(gone, hub):
     hub.cached, hub.reachable = True, False
     with pytest.raises(FileNotFoundError, match=r"(?s)org/name .*no connection.*pass its folder"):
         fetch.resolve("org/name")
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_a_model_that_was_kept_without_a_tokenizer_gets_one_where_it_can(hub, is_reachable):
+    """Another program may have fetched the model alone."""
+    write_checkpoint(hub.folder)
+    (hub.folder / "tokenizer.json").unlink()
+    hub.cached, hub.reachable = True, is_reachable
+    assert fetch.resolve("org/name") == hub.folder
+    assert hub.calls == [True, False]
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, Path("b" * 300)])
+def test_a_name_that_is_no_path_here_is_a_folder_that_is_not_there(name, hub):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"wanted a checkp|must be a checkp"):
+        fetch.resolve(name)
+    assert not hub.calls
+
+
+def test_every_form_of_a_tokenizer_is_fetched():
+    of_models = ["vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"]
+    of_models += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    for name in of_models:
+        assert any(fnmatch(name, pattern) for pattern in fetch.HUB_FILES), name
 
 
 def test_a_hub_without_the_files_is_an_error_too(hub):
