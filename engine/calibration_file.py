@@ -37,6 +37,9 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+WRONG = (ValueError, TypeError, AttributeError)  # what a file of another form raises
+
+
 class CalibrationFile:
     """The readings of one setting, by batch."""
 
@@ -56,7 +59,7 @@ class CalibrationFile:
             return {int(batch): _checked(read) for batch, read in content["readings"].items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ArithmeticError, LookupError, RecursionError, *WRONG) as error:
             logger.warning("%s is ignored: %s: %s", self.path, type(error).__name__, error)
             return {}
 
@@ -95,4 +98,5 @@ def _checked(readings: Any) -> dict[int, dict[str, float]]:
         is_whole = all(type(t) in (int, float) and 0 < t < math.inf for t in ms.values())
         if context < 1 or not is_whole or (ms and SERIAL not in ms):
             raise ValueError(f"{context} tokens must have times by mode, got {ms}")
+        checked[context] = {mode: float(t) for mode, t in ms.items()}
     return checked

@@ -60,12 +60,16 @@ def winners(ms: Mapping[str, float]) -> list[str]:
 
 def not_read(readings: Readings, wanted: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
     """Modes that are wanted of a context and have no time there, where there are any. For the
-    longest one, a time from which REACH leads there will do."""
+    longest one, times from which REACH leads there will do, as long as it has none itself and needs
+    none: `choose` goes on from the longest context that has any."""
     longest = max(wanted, default=0)
     missing = {}
     for context, modes in wanted.items():
+        own = readings.get(context, {})
         near = [c for c in readings if context == longest and c * REACH >= longest]
-        known = {mode for c in (context, *near) for mode in readings.get(c, ())}
+        known = {mode for c in near for mode in readings[c]}
+        if own or not known.issuperset(modes):
+            known = set(own)
         missing[context] = [mode for mode in modes if mode not in known]
     return {context: modes for context, modes in missing.items() if modes}
 

@@ -138,7 +138,8 @@ class Request:
 
     def metrics(self) -> dict[str, float | int | None]:
         """Times and counts of this request; None where there is nothing to measure yet."""
-        later_tokens_ms = _elapsed_ms(self.first_token_time, self.finished_time)
+        # to the last token: who gives up waits for none, and its end may come long behind
+        later_tokens_ms = _elapsed_ms(self.first_token_time, self.last_token_time)
         has_tpot = later_tokens_ms is not None and self.num_generated > 1
         return {
             "queue_ms": _elapsed_ms(self.arrival_time, self.first_scheduled_time),

@@ -38,6 +38,7 @@ class EngineSet:
         self.model = folder.name
         self.configs = configs
         self.replicas = Replicas(folder, engines)
+        self._num_engines = len(engines)
         self._common = {
             "model": self.model,
             "max_num_seqs": engines[0]["max_num_seqs"],
@@ -45,8 +46,9 @@ class EngineSet:
         }
 
     def rehearse(self, workload: Workload) -> None:
-        """Have compiled what this workload is the first to need, before a clock starts."""
-        self.replicas.run(workload.rehearsal())
+        """Have compiled what this workload is the first to need, before a clock starts: each engine
+        rehearses all that one alone would."""
+        self.replicas.run(workload.rehearsal().for_each(self._num_engines))
 
     def read(self, config: str, name: str, workload: Workload) -> Reading:
         """Serve it once. RuntimeError, AssertionError: see `Replicas`, `figures`."""

@@ -25,7 +25,8 @@ class Sheet:
         """ValueError where there is no reading of a kernel, or none of its run's ceilings."""
         chosen = _of_one_gpu(readings, gpu)
         ceilings = {}
-        for run in {r.run for r in chosen}:
+        # one that was cut off behind its ceilings, or among them, has no figure to be held to them
+        for run in {r.run for r in chosen if r.kernel != CEILING}:
             try:
                 ceilings[run] = Ceilings.of(r for r in chosen if r.run == run)
             except ValueError as error:
@@ -39,7 +40,7 @@ class Sheet:
             readings=of_kernels,
             streams=[r for r in latest if r.impl == "read stream"],
             ceilings=ceilings,
-            roof=ceilings[max(chosen, key=lambda r: r.date).run],
+            roof=ceilings[max((r for r in chosen if r.run in ceilings), key=lambda r: r.date).run],
             num_sms=max(r.sms_granted for r in latest),
         )
 
@@ -133,8 +134,8 @@ def _on_whole_gpu(sheet: Sheet, r: Reading) -> Reading | None:
     same = (
         other
         for other in [*sheet.streams, *sheet.readings]
-        if (other.kernel, other.impl, other.shape, other.dtype, other.partitioning)
-        == (r.kernel, r.impl, r.shape, r.dtype, "none")
+        if (other.run, other.kernel, other.impl, other.shape, other.dtype, other.partitioning)
+        == (r.run, r.kernel, r.impl, r.shape, r.dtype, "none")
     )
     return next(same, None)
 

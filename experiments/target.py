@@ -8,21 +8,30 @@ from experiments.engine_csv import EngineReading
 from experiments.readings import Reading
 from experiments.sheet import Sheet, best_peer
 
+WHOLE_SHAPES = ("sample",)  # kernels whose cases differ by what comes behind the same words
 PUBLISHED_STREAM_GB_S = 3163.0  # of the H100 on which the published times were taken
 
 
 def ours(
     sheet: Sheet, kernel: str, shape: str, num_sms: int | None = None, partitioning: str = "none"
 ) -> Reading | None:
-    """Our newest reading of the shape that begins with these words; of several the shortest."""
+    """Our newest reading of the shape that begins with these words, or is they; of several shapes
+    the shortest."""
     found = [
         r
         for r in sheet.readings
         if (r.kernel, r.impl, r.sms_asked, r.partitioning)
         == (kernel, "ours", num_sms, partitioning)
         and f"{r.shape} ".startswith(f"{shape} ")
+        and (r.shape == shape or kernel not in WHOLE_SHAPES)
     ]
-    return min(found, key=lambda r: len(r.shape), default=None)
+    # by number of SMs granted there may be several: those of a file are in its order
+    return max(reversed(found), key=lambda r: (-len(r.shape), r.date), default=None)
+
+
+def _of_its_run(other: Reading | None, r: Reading) -> Reading | None:
+    """Another machine or commit says nothing of this one."""
+    return other if other is not None and other.run == r.run else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +96,7 @@ def _share(sheet: Sheet, r: Reading, target: Target) -> float:
 
 
 def _of_whole(sheet: Sheet, r: Reading, target: Target) -> float | None:
-    whole = ours(sheet, r.kernel, r.shape)
+    whole = _of_its_run(ours(sheet, r.kernel, r.shape), r)
     return None if whole is None else 100 * whole.ms_p50 / r.ms_p50
 
 
@@ -103,7 +112,7 @@ def _beside_published(sheet: Sheet, r: Reading, target: Target) -> float:
 
 
 def _beside_shape(sheet: Sheet, r: Reading, target: Target) -> float | None:
-    other = ours(sheet, r.kernel, target.beside)
+    other = _of_its_run(ours(sheet, r.kernel, target.beside), r)
     return None if other is None else r.gb_s / other.gb_s
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from engine import SamplingParams
 
@@ -38,6 +39,15 @@ class Workload:
         return Workload(
             self.prompts[index::num_parts], self.output_lens[index::num_parts], arrivals
         )
+
+    def for_each(self, num_parts: int) -> "Workload":
+        """As often as there are parts, each of which is then the whole."""
+
+        def repeated(values: list[Any]) -> list[Any]:
+            return [value for value in values for _ in range(num_parts)]
+
+        arrivals = None if self.arrivals is None else repeated(self.arrivals)
+        return Workload(repeated(self.prompts), repeated(self.output_lens), arrivals)
 
     def rehearsal(self, max_requests: int = 64, max_tokens: int = 8) -> "Workload":
         """Its first requests, REHEARSED_TOKENS of prompts or one, cut short and all at once, to

@@ -119,7 +119,7 @@ def launch_gemv(
         HAS_RESIDUAL=residual is not None,
         NORM=rms_eps is not None,
         GATED=gated,
-        EVEN_K=K % tile.BLOCK_K == 0,
+        EVEN_K=K > 0 and K % tile.BLOCK_K == 0,
         UNROLL=tile.num_stages,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,

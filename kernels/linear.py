@@ -18,6 +18,7 @@ from kernels.tile import (
     Tile,
     next_power_of_2,
     output,
+    require_fp32,
     require_shape,
     require_unit_stride,
     require_vector,
@@ -65,6 +66,7 @@ def launch_matmul(
         rstd = row_rstd(x, rms_eps)
     else:
         require_vector("rstd", rstd, max(len(rstd), num_tokens))
+        require_fp32("rstd", rstd)
         rstd = row_rstd(x, rms_eps, out=rstd[:num_tokens])
     operands = (x, weight, bias, residual, rstd, out)
     if is_tall and tall_matmul.takes(x, weight, residual, out):

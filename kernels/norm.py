@@ -6,7 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import launch_options, wait_for_inputs
-from kernels.tile import next_power_of_2, output, require_shape, require_unit_stride, require_vector
+from kernels.tile import (
+    next_power_of_2,
+    output,
+    require_fp32,
+    require_shape,
+    require_unit_stride,
+    require_vector,
+)
 
 
 @triton.jit
@@ -60,6 +67,7 @@ def row_rstd(x: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
     require_vector("out", out, num_tokens)
+    require_fp32("out", out)
     if num_tokens:
         block_n = next_power_of_2(N)
         _row_rstd_kernel[(num_tokens,)](

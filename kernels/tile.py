@@ -59,6 +59,12 @@ def require_vector(name: str, tensor: Tensor, length: int) -> None:
     require_unit_stride(name, tensor)
 
 
+def require_fp32(name: str, tensor: Tensor) -> None:
+    """ValueError unless the tensor is fp32: what a kernel writes to it may not fit another."""
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name} must be torch.float32, got {tensor.dtype}")
+
+
 def require_paged(q: Tensor, kv_cache: Tensor, block_table: Tensor, num_requests: int) -> None:
     """ValueError unless these belong together. q: [_, H, D], kv_cache: one layer [num_blocks, 2,
     block_size, H_KV, D] with H a multiple of H_KV, block_table: [num_requests, max_blocks]."""

@@ -87,6 +87,8 @@ def damaged() -> dict[str, str]:
         "not finite": with_times({"serial": float("inf")}),
         "without serial": with_times({"48:84": 1.0}),
         "not text": "\udcff",
+        "a number that no float holds": with_times({"serial": 10**400}),
+        "too deep": "[" * 100_000,
     }
 
 

@@ -227,6 +227,14 @@ MISTAKES = {
         lambda: kernels.row_rstd(x(), 0.0, out=zeros(6)[::2]),
         "out must be contiguous in its last dim, got stride (2,)",
     ),
+    "row_rstd out of another dtype": (
+        lambda: kernels.row_rstd(x(), 0.0, out=zeros(3).half()),
+        "out must be torch.float32, got torch.float16",
+    ),
+    "linear rstd of another dtype": (
+        lambda: kernels.linear(x(), zeros(4, 8), rms_eps=1e-6, rstd=zeros(3).half()),
+        "rstd must be torch.float32, got torch.float16",
+    ),
     "linear rstd": (
         lambda: kernels.linear(x(), zeros(4, 8), rms_eps=1e-6, rstd=zeros(2)),
         "rstd must be [3], got [2]",

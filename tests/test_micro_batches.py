@@ -67,3 +67,8 @@ def test_rows_hold_every_batch_and_micro_batches_begin_aligned(max_num_seqs, num
     assert rows == size * num and size == -(-rows // num)
     assert max_num_seqs <= rows < max_num_seqs + num * ROW_STEP
     assert size < ROW_STEP or size % ROW_STEP == 0
+
+
+@pytest.mark.parametrize(("most", "rows"), [(4, 4), (16, 16), (18, 32), (7, 8)])
+def test_rows_are_whole_steps_where_there_are_more_than_one(most, rows):
+    assert num_rows(most, 2) == rows

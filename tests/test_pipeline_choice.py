@@ -134,6 +134,28 @@ def test_next_to_where_a_split_won_it_is_read_too():
     assert not_read(read, to_read(read, could_win)) == {2048: ["56:76"]}
 
 
+def test_who_wins_near_the_longest_context_goes_on_winning_where_another_is_read_there():
+    """As in a start with a slightly larger pool: what was read nearer no longer reaches there."""
+    could_win = {512: ["48:84"], 1024: ["48:84"], 1100: ["48:84", "56:76"]}
+    won = {"serial": 10.0, "48:84": 8.0}
+    read = {512: won, 1024: won}
+    assert not_read(read, to_read(read, could_win)) == {1100: ["48:84", "56:76"]}
+    read[1100] = {"serial": 10.0, "56:76": 11.0}
+    assert not_read(read, to_read(read, could_win)) == {1100: ["48:84"]}
+    read[1100] |= won
+    assert (
+        not not_read(read, to_read(read, could_win)) and mode_at(choose(read), 1, 1100) == "48:84"
+    )
+    could_win[1100] = ["48:84"]
+    assert not not_read({512: won, 1024: won}, could_win), "one that has none needs none"
+
+
+def test_joined_choices_have_the_largest_gain_of_them():
+    read = {c: {"serial": 10.0, "48:84": 10.0 / gain} for c, gain in ((1, 1.3), (2, 1.2), (3, 1.1))}
+    (choice,) = choose(read)
+    assert choice.speedup == pytest.approx(1.3)
+
+
 def test_what_another_pool_has_read_lies_between_and_goes_on():
     """Contexts of a pool are up to what it holds, so that starts read at different ones."""
     won, lost = {"serial": 10.0, "48:84": 9.0}, {"serial": 10.0, "56:76": 11.0}

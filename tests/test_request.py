@@ -103,11 +103,11 @@ def test_metrics() -> None:
     request.token_ids.append(3)
     assert request.metrics()["tpot_ms"] is None  # one token has no time per later token
     request.token_ids.extend([4, 5])
-    request.finished_time = 4.0
+    request.last_token_time, request.finished_time = 3.0, 4.0  # who gave up later waits for none
     assert request.metrics() == {
         "queue_ms": 500.0,
         "ttft_ms": 1000.0,
-        "tpot_ms": 1000.0,
+        "tpot_ms": 500.0,
         "latency_ms": 3000.0,
         "num_prompt_tokens": 2,
         "num_generated_tokens": 3,

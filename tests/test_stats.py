@@ -19,6 +19,7 @@ def ended(reason="length", num_generated=3, arrival=1.0, first=1.5, finished=2.5
     request.token_ids.extend([5] * num_generated)
     request.first_scheduled_time = arrival + 0.1
     request.first_token_time, request.finished_time = first, finished
+    request.last_token_time = finished
     request.finish_reason = reason
     return request
 

@@ -8,8 +8,8 @@ from experiments.bench_kernels import all_cases
 from experiments.engine_csv import read_engine_csv
 from experiments.harness import RESULTS, append_row
 from experiments.readings import BANDWIDTH, Reading
-from experiments.sheet import Sheet
-from experiments.target import EngineFigure, EngineTarget, Target
+from experiments.sheet import Sheet, sm_curves
+from experiments.target import EngineFigure, EngineTarget, Target, ours
 from experiments.targets import ENGINE, main, targets
 from experiments.targets_page import Line, engine_lines
 from tests.test_engine_csv import READING
@@ -88,6 +88,10 @@ def test_a_shape_is_found_by_its_first_words_the_shortest_first():
     assert aim.figure(found) == pytest.approx(2.0)
     assert replace(aim, shape="B=2 top_k=50").figure(found) == pytest.approx(8.0)
     assert replace(aim, shape="B").figure(found) is None
+    without = [r for r in found.readings if r.shape != "B=2"]
+    assert aim.figure(sheet(*without)) is None  # another limit's time is not this one's
+    others = [replace(r, kernel="mlp") for r in without]
+    assert replace(aim, kernel="mlp").figure(sheet(*others)) == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,45 @@ def test_the_peers_and_ceilings_of_the_same_run_count():
     aim = Target(kernel="decode_attention", shape="B=1", measure="share", want=50)
     assert aim.figure(found) == pytest.approx(50)
     assert replace(aim, measure="peer").figure(found) is None
+
+
+def test_partitions_and_shapes_of_another_run_are_not_compared():
+    """A later run that reads fewer of them, on a slower machine, would make the others faster."""
+    mine = reading("decode_attention", "ours", 1.0)
+    part, even = replace(mine, **GRID, ms_p50=1.25), replace(mine, shape="B=2 y")
+    later = {"date": "2026-02-01", "commit": "def"}
+    whole = Target(kernel="decode_attention", shape="B=1", measure="whole", want=1, num_sms=56)
+    whole = replace(whole, partitioning="grid")
+    beside = replace(whole, measure="even", beside="B=2", num_sms=None, partitioning="none")
+    rerun = [replace(r, **later) for r in (*CEILINGS, replace(mine, ms_p50=2.0))]
+    found = sheet(mine, part, even, *rerun)
+    assert whole.figure(found) is None and beside.figure(found) is None
+    assert not sm_curves(found)
+    found = sheet(mine, part, even)
+    assert whole.figure(found) == pytest.approx(80) and beside.figure(found) == pytest.approx(1)
+    assert sm_curves(found)
+
+
+def test_of_two_numbers_of_sms_granted_the_newest_counts():
+    old = reading("mlp", "ours", 1.0, **GREEN)
+    new = replace(old, sms_granted=64, ms_p50=2.0, date="2026-02-01")
+    ceilings = [replace(r, date="2026-02-01") for r in CEILINGS]
+    found = sheet(old, new, *ceilings)
+    assert ours(found, "mlp", "B=1", 56, "green") == new
+
+
+def test_a_run_that_was_cut_off_among_its_ceilings_is_left_out():
+    lone = replace(CEILINGS[0], date="2026-02-01", ms_p50=0.1)
+    found = sheet(reading("mlp", "ours", 1.0), lone)
+    assert found.roof.gb_s["read stream"] == pytest.approx(2000)
+    with pytest.raises(ValueError, match="got ceilings alone"):
+        Sheet.of([lone], "H100")
+
+
+def test_the_committed_page_follows_from_the_committed_readings(tmp_path):
+    main(["--out", str(tmp_path / "kernels.md")])
+    committed = (RESULTS / "kernels.md").read_text()
+    assert (tmp_path / "kernels.md").read_text() == committed
 
 
 def test_what_lacks_the_whole_gpu_says_so():

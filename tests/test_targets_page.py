@@ -53,7 +53,7 @@ def test_what_is_missing_is_said_in_few_words():
 
 
 def test_rows_say_their_commit_where_there_are_several():
-    aim = Target(kernel="sample", shape="B=1", measure="reads", want=1.5)
+    aim = Target(kernel="sample", shape="B=1 x", measure="reads", want=1.5)
     later = {"date": "2026-02-01", "commit": "def"}
     rerun = [replace(r, **later) for r in CEILINGS]
     rerun.append(reading("sample", "ours", 0.25, **later))
@@ -63,8 +63,8 @@ def test_rows_say_their_commit_where_there_are_several():
     assert table(lines).splitlines() == [
         "| kernel | shape | target | measured | holds | commit |",
         "|---|---|---|---|---|---|",
-        f"| sample | B=1 | {bound} | 0.50 reads of the logits | yes | def |",
-        f"| mlp | B=1 | {bound} | 2.00 reads of the logits | **no** | abc |",
+        f"| sample | B=1 x | {bound} | 0.50 reads of the logits | yes | def |",
+        f"| mlp | B=1 x | {bound} | 2.00 reads of the logits | **no** | abc |",
     ]
     of_the_engine = Line(kernel="engine", where="m w", bound="b", measured="9", commit="def")
     assert "| commit |" in table([lines[1], of_the_engine])
@@ -79,7 +79,7 @@ def on(gpu: str, commit: str, *more: Reading, **stamp: str) -> list[Reading]:
 
 def test_every_gpu_has_a_section_that_of_the_aims_first():
     """And none has a figure of another's."""
-    aim = Target(kernel="sample", shape="B=1", measure="reads", want=1.5)
+    aim = Target(kernel="sample", shape="B=1 x", measure="reads", want=1.5)
     engine_aim = EngineTarget("m", "w", 150, 120)
     one = replace(READING, model="m", workload="w", config="one", eager=False)
     fast = [reading("sample", "ours", 0.5), reading("mlp", "ours", 1.0)]
@@ -104,7 +104,7 @@ def test_every_gpu_has_a_section_that_of_the_aims_first():
 
 
 def test_a_section_names_all_versions_the_newest_first():
-    aim = Target(kernel="sample", shape="B=1", measure="reads", want=1.5)
+    aim = Target(kernel="sample", shape="B=1 x", measure="reads", want=1.5)
     again = [reading("sample", "ours", 1.0), reading("mlp", "ours", 1.0)]
     rows = on(HOME_GPU, "abc", *again) + on(
         HOME_GPU, "aaa", again[0], date="2026-02-01", driver="590", torch="2.12.0"

@@ -95,3 +95,10 @@ def test_requests_run_to_their_full_length_at_0_6():
     for p, num_tokens in zip(at_once(3, 4, 9).params, [9, 9, 9], strict=True):
         assert (p.temperature, p.ignore_eos, p.max_tokens) == (0.6, True, num_tokens)
         assert (p.top_k, p.top_p, p.min_p) == (0, 1.0, 0.0)
+
+
+def test_each_part_of_a_workload_for_each_is_the_whole():
+    whole = Workload([[1], [2, 2], [3]], [4, 5, 6], [0.0, 0.5, 1.0])
+    twice = whole.for_each(2)
+    assert len(twice.prompts) == 6 and all(twice.part(i, 2) == whole for i in range(2))
+    assert Workload([[1]], [2]).for_each(3).arrivals is None
