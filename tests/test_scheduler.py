@@ -217,6 +217,19 @@ def test_who_came_first_and_is_computed_again_takes_blocks_of_no_one_already_sch
         assert second.num_preemptions > 0
 
 
+def test_who_is_computed_again_waits_in_the_order_of_arrival() -> None:
+    """Whichever was taken first: after a failed launch it may be the oldest."""
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        engine = Engine(64, 4, max_num_batched_tokens=99)
+        requests = [engine.add([n] * 4, max_tokens=12) for n in range(1, 5)]
+        engine.step()
+        for index in order:
+            engine.scheduler.preempt(requests[index])
+        assert list(engine.scheduler.waiting) == [r.request_id for r in requests[:3]]
+        engine.is_in_order = False
+        engine.run_to_end()
+
+
 def test_prefix_is_shared_only_once_launched() -> None:
     engine = Engine(20, 4, max_num_batched_tokens=99)
     prompt = [1] * 9
