@@ -37,7 +37,8 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-WRONG = (ValueError, TypeError, AttributeError)  # what a file of another form raises
+# what a file of another form raises, wherever it is read
+DAMAGED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 class CalibrationFile:
@@ -59,7 +60,7 @@ class CalibrationFile:
             return {int(batch): _checked(read) for batch, read in content["readings"].items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ArithmeticError, LookupError, RecursionError, *WRONG) as error:
+        except (OSError, *DAMAGED) as error:
             logger.warning("%s is ignored: %s: %s", self.path, type(error).__name__, error)
             return {}
 

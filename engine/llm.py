@@ -158,7 +158,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one prompt piece by piece. Closing the iterator aborts the request."""
         owner = object()
-        job = self._job(prompt, SamplingParams() if params is None else params, owner, is_live=True)
+        job = self._job(prompt, _or_default(params), owner, is_live=True)
         return self._pieces(job)
 
     def _pieces(self, job: _Job) -> Iterator[str]:
@@ -173,9 +173,7 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue a prompt for `step`; returns its request_id. A bad prompt is a ValueError."""
-        job = self._job(
-            prompt, SamplingParams() if params is None else params, owner=None, is_live=True
-        )
+        job = self._job(prompt, _or_default(params), owner=None, is_live=True)
         self._start(job)
         return job.request.request_id
 
@@ -377,4 +375,8 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
         if len(params) != num_prompts:
             raise ValueError(f"params must be one or {num_prompts}, got {len(params)}")
         return list(params)
-    return [SamplingParams() if params is None else params] * num_prompts
+    return [_or_default(params)] * num_prompts
+
+
+def _or_default(params: Any) -> Any:
+    return SamplingParams() if params is None else params

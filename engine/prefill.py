@@ -71,12 +71,11 @@ def all_token_buckets(max_num_batched_tokens: int) -> list[int]:
 def warm_up_lengths(max_tokens: int, max_rows: int) -> list[list[int]]:
     """Lengths of the chunks of launches that between them take every compiled kernel which one of
     so many tokens and chunks at most may take."""
-    small = [2**i for i in range(TILE_STEP.bit_length() - 1)]
+    first = TILE_STEP.bit_length() - 1
+    small = [2**i for i in range(first)]
     sizes = [*small, *range(TILE_STEP, max_tokens, TILE_STEP)]
     alone = [[n] for n in sizes if n < max_tokens] + [[max_tokens]]
-    many = [TILE_STEP + 1]  # chunks
-    while 2 * (many[-1] - 1) < max_rows:
-        many.append(2 * many[-1] - 1)
+    many = [2**i + 1 for i in range(first, max_rows.bit_length())]  # chunks
     # a long chunk among short ones, whose mean is short; the next power of two of chunks
     together = [[TILE_STEP + 1, 1], *([TILE_STEP] * n for n in many)]
     return alone + [
@@ -127,7 +126,7 @@ class PrefillWorker:
         self.device = device
         self.buckets = list(buckets)
         self.graphs = StepGraphs(device, graph_pool)
-        self._max_rows = max_rows = len(buffers.logits)
+        max_rows = len(buffers.logits)
         self._sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._host = HostBuffers(device)
         self._num_rows = min(graph_rows, max_rows)
@@ -144,11 +143,11 @@ class PrefillWorker:
     def warm_up(self) -> None:
         """Compile the kernels for launches of every size and capture the graphs, over tokens that
         are not stored."""
-        longest = len(self.buffers.hidden)
+        longest, max_rows = len(self.buffers.hidden), len(self.buffers.logits)
         one_layer = Segment(range(1), True)  # all are alike
         # none is launched eagerly where the largest has a graph, of as many chunks as may come
-        has_graphs = longest in self.buckets and self._num_rows == self._max_rows
-        for lengths in [] if has_graphs else warm_up_lengths(longest, self._max_rows):
+        has_graphs = longest in self.buckets and self._num_rows == max_rows
+        for lengths in [] if has_graphs else warm_up_lengths(longest, max_rows):
             span = Span(self.device)
             self._compute(self._padding_batch(lengths), one_layer)
             span.stop()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from models.fetch import TOKENIZER_FILES
+from models.fetch import has_tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     Raises ValueError where they are damaged.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer  # seconds to import: not for token-id prompts
 

@@ -17,7 +17,7 @@ readings. A claim is a speed-up over one device, and its verdict follows from tw
 import argparse
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -155,6 +155,12 @@ def read_csv(path: Path) -> list[Finding]:
     return [Finding(**row | {"claim": int(row["claim"])}) for row in rows]
 
 
+def others(path: Path, numbers: Container[int], model: str) -> list[Finding]:
+    """What claims.csv, where there is one, has of other claims than these, or of other models."""
+    kept = read_csv(path) if path.exists() else []
+    return [f for f in kept if f.claim not in numbers or f.model != model]
+
+
 def table(found: Sequence[Finding]) -> str:
     """Markdown, a line for each finding; below it the arithmetic and the commands."""
     lines = [
@@ -184,10 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.source is not None:
             found = findings(read_engine_csv(args.source), args.model)
-            kept = read_csv(args.csv) if args.csv.exists() else []
-            numbers = {claim.number for claim in CLAIMS}
-            others = [f for f in kept if f.claim not in numbers or f.model != args.model]
-            write_csv(args.csv, found and found + others)
+            kept = others(args.csv, {claim.number for claim in CLAIMS}, args.model)
+            write_csv(args.csv, found and found + kept)
         print(table(read_csv(args.csv)))
     except ValueError as error:
         p.error(str(error))

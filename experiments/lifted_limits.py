@@ -17,6 +17,7 @@ from experiments.pipeline_figures import deepest, regime_maps
 EXPOSED = 0.02  # of a prompt's prefill: what a hand-over may keep decode waiting
 STATIC = "48:84"  # the split that the engine takes where it is told to take one
 LOST = 0.02  # of a step: what the choice of a split may cost against the best one
+SAME_CHECK = ("commit", "gpu", "num_layers")  # columns that rows of one check share
 
 Rows = Iterable[Mapping[str, str]]
 
@@ -117,23 +118,19 @@ def auto_losses(checks: Rows) -> dict[tuple[str, int, int, str], float]:
     """By model, batch, context and max_num_seqs: how much longer the chosen mode took than the
     best. Rows of auto_check.csv: of each model and max_num_seqs those of the commit, GPU and depth
     read last."""
-    checks = list(checks)
-    newest: dict[tuple[str, str], Mapping[str, str]] = {}
+    of: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for row in checks:
-        of_check = row["model"], row["max_num_seqs"]
-        if of_check not in newest or row["date"] >= newest[of_check]["date"]:
-            newest[of_check] = row
-    of: dict[tuple[str, str], list[Checked]] = {}
-    for row in checks:
-        last = newest[row["model"], row["max_num_seqs"]]
-        if all(row[name] == last[name] for name in ("commit", "gpu", "num_layers")):
-            one = replace(read_as(Checked, row), is_chosen=row["is_chosen"] == "True")
-            of.setdefault((row["model"], row["max_num_seqs"]), []).append(one)
-    return {
-        (model, line["batch"], line["context"], size): line["lost"]
-        for (model, size), rows in of.items()
-        for line in lines(rows)
-    }
+        of.setdefault((row["model"], row["max_num_seqs"]), []).append(row)
+    losses = {}
+    for (model, size), rows in of.items():
+        last = max(reversed(rows), key=lambda row: row["date"])
+        same = [row for row in rows if all(row[name] == last[name] for name in SAME_CHECK)]
+        checked = [
+            replace(read_as(Checked, row), is_chosen=row["is_chosen"] == "True") for row in same
+        ]
+        for line in lines(checked):
+            losses[model, line["batch"], line["context"], size] = line["lost"]
+    return losses
 
 
 def pressure_findings(rows: Rows, model: str) -> list[Finding]:

@@ -29,7 +29,7 @@ from experiments.auto_check import Checked
 from experiments.back_pressure import Pressure
 from experiments.bench_handoff import HandoffReading
 from experiments.bench_pipeline import Row as StepRow
-from experiments.claims import REACHED, Finding, read_csv, table, write_csv
+from experiments.claims import REACHED, Finding, others, read_csv, table, write_csv
 from experiments.harness import RESULTS, append_row, environment, read_as, read_rows
 from experiments.shapes import SHAPES, write_config
 
@@ -245,11 +245,8 @@ def newest(path: Path, model: str) -> tuple[dict[tuple[str, int], Row], dict[str
     none."""
     columns = [*Row.__dataclass_fields__, *environment("cpu")]
     rows = [row for row in read_rows(path, columns) if row["model"] == model]
-    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        run = row["commit"], row["gpu"]
-        runs[run] = [*runs.pop(run, []), row]  # the one with the last row comes last
-    for same in reversed(runs.values()):
+    for run in dict.fromkeys((row["commit"], row["gpu"]) for row in reversed(rows)):
+        same = [row for row in rows if (row["commit"], row["gpu"]) == run]
         read = {(row["config"], int(row["prompts"])): read_as(Row, row) for row in same}
         if Judge(read).is_whole:
             return read, same[-1]
@@ -277,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _measure_all(args)
         found = findings(*newest(args.csv, args.model))
         found += _limits(args)
-        kept = read_csv(args.claims) if args.claims.exists() else []
-        others = [f for f in kept if f.claim not in NUMBERS or f.model != args.model]
-        write_csv(args.claims, others + found)
+        write_csv(args.claims, others(args.claims, NUMBERS, args.model) + found)
         print(table(read_csv(args.claims)))
     except ValueError as error:
         p.error(str(error))

@@ -40,7 +40,7 @@ class Sheet:
             readings=of_kernels,
             streams=[r for r in latest if r.impl == "read stream"],
             ceilings=ceilings,
-            roof=ceilings[max((r for r in chosen if r.run in ceilings), key=lambda r: r.date).run],
+            roof=ceilings[max(of_kernels, key=lambda r: r.date).run],
             num_sms=max(r.sms_granted for r in latest),
         )
 

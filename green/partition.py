@@ -14,13 +14,13 @@ from itertools import product
 class Grain:
     """What an architecture can tell apart: SMs come in groups that share hardware."""
 
-    least: int  # SMs of the smallest partition
+    least: int  # SMs of the smallest partition, a multiple of step
     step: int  # SMs: every partition but the rest is a multiple
 
     def of_pieces(self, num_pieces: int) -> int:
         """SMs of which so many pieces that are cut out are multiples. One is cut as it is; several
         are put together from equal groups, each of which is a partition itself."""
-        return self.step if num_pieces <= 1 else -(-self.least // self.step) * self.step
+        return self.step if num_pieces <= 1 else self.least
 
 
 # by major compute capability, the later ones like 9; as in CUDA's guide to green contexts

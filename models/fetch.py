@@ -250,6 +250,11 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", *separators)) or Path(name).exists()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder has the files of one."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _from_hub(name: str) -> Path:
     """What huggingface_hub has on this machine, else what it can download. Where another program
     fetched the model alone, it is asked for the tokenizer, and the model does without one."""
@@ -258,7 +263,7 @@ def _from_hub(name: str) -> Path:
     kept = None
     with suppress(FileNotFoundError):  # nothing of it there, or only a part
         kept = _checked(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-        if any((kept / file).is_file() for file in TOKENIZER_FILES):
+        if has_tokenizer(kept):
             return kept
     try:
         return _checked(snapshot_download(name, allow_patterns=HUB_FILES))

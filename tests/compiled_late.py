@@ -111,12 +111,10 @@ def compiled_late(model: str, gpu: str, max_tokens: int, sizes: Callable) -> lis
             worker.warm_up()
         decode.warm_up()
         for _ in range(NUM_LAUNCHES):
-            lengths, before = random_lengths(rng, max_tokens), len(asked)
-            known = set(asked)
+            lengths, known = random_lengths(rng, max_tokens), set(asked)
             worker._compute(worker._padding_batch(lengths), one_layer)
-            if len(asked) > before:
-                names = sorted(name for name, _ in asked - known)
-                found.append([names, sum(lengths), len(lengths)])
+            if late := sorted(name for name, _ in asked - known):
+                found.append([late, sum(lengths), len(lengths)])
     return found
 
 

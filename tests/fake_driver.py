@@ -76,7 +76,7 @@ class FakeDriver:
             return Code.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION, None, 0, None
         step = self.grain.step
         size = min(max(-(-least // step) * step, self.grain.least), whole.sm.smCount)
-        most = self.groups_made or whole.sm.smCount // max(self.grain.least, step) - 1
+        most = self.groups_made or whole.sm.smCount // self.grain.least - 1
         made = min(count, whole.sm.smCount // size, most or 1)
         groups = [resource(whole.sms[i * size : (i + 1) * size]) for i in range(made)]
         groups += [resource([])] * (count - made)  # the driver's array is as long as was asked

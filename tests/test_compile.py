@@ -15,7 +15,7 @@ SHARED_BYTES = 227 * 1024  # what a block may hold on an H100
 
 def run_module(name: str, *arguments: str) -> list[dict]:
     """The JSON lines of a process of its own: Triton compiles nothing where it interprets."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", f"tests.{name}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
